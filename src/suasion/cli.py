@@ -1,0 +1,192 @@
+"""The command line. Commands parse and print; the work is elsewhere.
+
+Exit codes: 0 done or skipped, 1 failed, 2 wrong use, 3 waiting for people, 4 verify found a fault, 130 interrupted. Work is
+resumable after every one of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from suasion.errors import UserError
+from suasion.progress import console
+
+app = typer.Typer(
+    help="Which feedback makes a small language model a better and honest persuader: examples, AI preferences, human preferences, "
+    "or AI then human? A recipe goes in, a report comes out.\n\n"
+    "Start with:  suasion plan recipes/demo.yaml  then  suasion run recipes/demo.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, for example recipes/demo.yaml.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/demo.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. sft.epochs=1 or dpo.rlhf.beta=0.2. Repeatable."
+    ),
+]
+RunsOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where run directories stand.")]
+
+
+@app.callback()
+def main_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all. Results are bit-equal only at one thread count.")
+    ] = 0,
+) -> None:
+    """Options of every command."""
+    os.environ["SUASION_DEBUG"] = "1" if debug else ""
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Start here; the stages before must be finished.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    redo: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Make this stage and all after it again; the old ones move to attic/.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Run an experiment, or go on with it: finished stages are skipped, an interrupted one resumes.
+
+    Stages: corpus, pools, sft, sample, ai-labels, human-labels, preferences, dpo-ARM (one an arm), evaluate, report.
+    """
+    from suasion.pipeline import run as run_pipeline
+    from suasion.recipe import load_recipe
+
+    loaded = load_recipe(recipe, tuple(set_ or ()))
+    directory, waiting = run_pipeline(loaded, runs, from_, until, redo)
+    if directory.state("report") == "complete":
+        from suasion.records import read_json
+        from suasion.reporting.terminal import print_summary
+
+        print_summary(read_json(directory.folder("evaluate") / "summary.json"), console)
+        console.print(f"report: {directory.folder('report') / 'index.html'}")
+    if waiting:
+        console.print(f"[yellow]waiting for people:[/] {waiting}")
+        raise typer.Exit(waiting.exit_code)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = None, runs: RunsOption = Path("runs")) -> None:
+    """Say what a recipe would take before it runs: rows, optimiser steps, hours a stage, disk, and what it could detect.
+
+    Measures this machine for about 20 seconds.
+    """
+    from suasion.planning import make_plan, print_plan
+    from suasion.recipe import load_recipe
+
+    print_plan(make_plan(load_recipe(recipe, tuple(set_ or ())), runs), console)
+
+
+@app.command()
+def status(run_: RunArgument) -> None:
+    """Show which stages of a run are finished, how long they took, and what is next."""
+    from suasion.status import print_status
+
+    print_status(run_, console)
+
+
+@app.command()
+def verify(run_: RunArgument) -> None:
+    """Check a run: every artefact's hash, row counts, disjoint pools, the evaluation seal, lineage and first losses.
+
+    Exit code 4 when something is wrong; each fault is named.
+    """
+    from suasion.verify import verify_run
+
+    faults, checks = verify_run(run_)
+    for line in checks:
+        console.print(f"[green]ok[/]    {line}")
+    for fault in faults:
+        console.print(f"[red]fault[/] {fault}")
+    if faults:
+        console.print(f"{len(faults)} fault(s) in {run_}. Make the stage again with: suasion run RECIPE --redo STAGE")
+        raise typer.Exit(4)
+    console.print(f"{run_} is sound.")
+
+
+@app.command()
+def report(
+    run_: RunArgument,
+    publish: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write the form that may be published: no contexts, no human replies, and no response that shares a 12-word run with the corpus.",
+        ),
+    ] = None,
+) -> None:
+    """Print the result of a run, make its report if the evaluation is finished, or write its publishable form."""
+    from suasion.pipeline import run as run_pipeline
+    from suasion.records import read_json
+    from suasion.reporting.terminal import print_summary
+    from suasion.status import load_run
+
+    directory, recipe = load_run(run_)
+    if directory.state("evaluate") != "complete":
+        raise UserError(f"{run_} has no evaluation yet. Finish it with: suasion run RECIPE")
+    if directory.state("report") != "complete":
+        run_pipeline(recipe, run_.resolve().parent, "report", "report")
+    if publish:
+        from suasion.reporting.publish import publish_run
+
+        withheld = publish_run(run_, publish)
+        console.print(
+            f"published form: {publish} ({withheld} responses withheld because they share a 12-word run with the corpus)"
+        )
+    print_summary(read_json(directory.folder("evaluate") / "summary.json"), console)
+    console.print(f"report: {directory.folder('report') / 'index.html'}")
+
+
+def main() -> None:
+    """Entry point: turns errors into messages and exit codes."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("\ninterrupted; what is finished stays. Run the same command again to go on.")
+        sys.exit(130)
+    except UserError as error:
+        if os.environ.get("SUASION_DEBUG"):
+            raise
+        _print_error(str(error))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or os.environ.get("SUASION_DEBUG"):
+            raise
+        _print_error(
+            f"no space left on the device ({error.filename or 'while writing'}). Free some, then run the same command again: it resumes."
+        )
+        sys.exit(1)
+    except TyperException as error:  # wrong use: typer words it
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+
+
+def _print_error(message: str) -> None:
+    console.print("[red]error:[/] ", end="")
+    console.print(message, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Stage corpus: real conversations become examples and outcome pairs that fit the model.
+
+Reads the recipe's corpora (ConvoKit folders, the bundled miniature ones, or own rows); writes `examples.jsonl`,
+`outcome_pairs.jsonl` and `counts.json`, which says of each corpus what was read, kept and dropped, by reason.
+
+Lengths are tokens of the model's own tokenizer. A reply is never cut: one that is too short or too long is dropped. A context
+that is too long loses its oldest turns, at turn borders, but never the post and never the turn that is answered; the cut is
+marked with "[...]". Both sides of an outcome pair must have the length of a reply: with a limit on one side only, length itself
+would tell winners from losers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from suasion.corpora import cmv, convokit, p4g
+from suasion.corpora.convokit import Tally
+from suasion.errors import UserError
+from suasion.recipe import CorpusSection, CorpusSource, Recipe
+from suasion.records import Example, OutcomePair, Turn, content_id, read_rows, sha256_file, turns_key, write_json, write_rows
+from suasion.rundir import StageContext, StageResult
+from suasion.seeding import derive_seed
+
+CountTokens = Callable[[str], int]
+
+BUNDLED = {"cmv": "changemyview", "p4g": "charity"}
+CUT = "[...]"
+TURN_TOKENS = 8  # what a chat template adds around a turn
+FIXED_TURN_TOKENS = (
+    16  # chat.py puts a fixed user turn before a dialogue that the persuader opens, or after a challenger's last word
+)
+LEAST_CLAIM = 48  # tokens of a post below which it is no longer a claim that one can argue with
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def run_stage(stage: StageContext) -> StageResult:
+    """Read every source, fit the rows to the model, and write them with their counts."""
+    from suasion.models import load_tokenizer
+
+    recipe = stage.recipe
+    tokenizer = load_tokenizer(recipe.model)
+
+    @lru_cache(maxsize=2**16)
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+
+    reports = {label: Report() for label in labels(recipe.corpus.sources)}
+    pairs: list[OutcomePair] = []
+
+    def examples() -> Iterator[Example]:
+        for label, source in zip(reports, recipe.corpus.sources, strict=True):
+            for kept, kept_pairs in fitted(label, source, recipe, count_tokens, reports[label]):
+                pairs.extend(kept_pairs)
+                yield from kept
+
+    kept = write_rows(stage.folder / "examples.jsonl", examples())
+    if not kept:
+        raise UserError(
+            f"no example is left of {', '.join(reports)}: "
+            + "; ".join(
+                f"{count} {reason}" for report in reports.values() for reason, count in report.tally.dropped.most_common(3)
+            )
+            + ". Widen corpus.reply_tokens or corpus.context_tokens, or check the corpus."
+        )
+    kept_pairs = write_rows(stage.folder / "outcome_pairs.jsonl", pairs)
+    write_json(stage.folder / "counts.json", {label: report.as_json() for label, report in reports.items()})
+    dropped: Counter[str] = Counter()
+    for report in reports.values():
+        dropped.update(+report.tally.dropped)
+    return StageResult(
+        rows_in=sum(report.tally.read["utterances"] + report.tally.read["rows"] for report in reports.values()),
+        rows_out=kept + kept_pairs,
+        dropped=dict(sorted(dropped.items())),
+        facts={"examples": kept, "outcome_pairs": kept_pairs},
+        external=external_hashes(recipe),
+    )
+
+
+def external_hashes(recipe: Recipe) -> dict[str, str]:
+    """sha256 of every corpus file that the stage reads, as "cmv:utterances.jsonl"."""
+    hashes = {}
+    for label, source in zip(labels(recipe.corpus.sources), recipe.corpus.sources, strict=True):
+        folder = source_folder(source)
+        for file in ("examples.jsonl", "outcome_pairs.jsonl") if source.kind == "jsonl" else convokit.FILES:
+            if (folder / file).is_file():
+                hashes[f"{label}:{file}"] = sha256_file(folder / file)
+    return hashes
+
+
+def labels(sources: Sequence[CorpusSource]) -> list[str]:
+    """A name for each source: its kind, numbered from the second of a kind on. It becomes `corpus` on the rows."""
+    seen: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        seen[source.kind] += 1
+        names.append(source.kind if seen[source.kind] == 1 else f"{source.kind}-{seen[source.kind]}")
+    return names
+
+
+def bundled_path(kind: str) -> Path:
+    """The folder of a bundled miniature corpus. Raises UserError for a kind that has none."""
+    if kind not in BUNDLED:
+        raise UserError(f"there is no bundled corpus of kind {kind} (there are: {', '.join(BUNDLED)}). Give a path.")
+    return Path(str(files("suasion.corpora") / "miniature" / BUNDLED[kind]))
+
+
+def source_folder(source: CorpusSource) -> Path:
+    """Where a source lies."""
+    return bundled_path(source.kind) if source.path == "bundled" else Path(source.path)
+
+
+class Report:
+    """Counts of one source."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self.kept: Counter[str] = Counter()
+        self.tokens: dict[str, list[int]] = defaultdict(list)
+        self.strategies: Counter[str] = Counter()
+        self.longer_wins = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """For counts.json. longer_wins_rate: share of outcome pairs whose winner has more tokens; None without pairs."""
+        pairs = self.kept["outcome pairs"]
+        return {
+            "read": dict(self.tally.read),
+            "kept": dict(self.kept),
+            "dropped": {reason: count for reason, count in self.tally.dropped.items() if count},
+            "binary_fields": list(self.tally.binary_fields),
+            "tokens": {name: quantiles(values) for name, values in self.tokens.items()},
+            "strategies": dict(self.strategies),
+            "longer_wins_rate": round(self.longer_wins / pairs, 4) if pairs else None,
+        }
+
+
+def quantiles(values: Sequence[int]) -> dict[str, int]:
+    """The values at QUANTILES (nearest rank), and the extremes. [] gives {}."""
+    ranked = sorted(values)
+    if not ranked:
+        return {}
+    inner = {f"p{round(100 * q):02d}": ranked[min(int(q * len(ranked)), len(ranked) - 1)] for q in QUANTILES}
+    return {"min": ranked[0], **inner, "max": ranked[-1]}
+
+
+def fitted(
+    label: str, source: CorpusSource, recipe: Recipe, count_tokens: CountTokens, report: Report
+) -> Iterator[tuple[list[Example], list[OutcomePair]]]:
+    """Yield the examples and outcome pairs of each conversation that fit the recipe's lengths."""
+    section = recipe.corpus
+    reserve = count_tokens(recipe.model.system_prompt) + TURN_TOKENS
+    for examples, pairs in _extract(label, source, report.tally):
+        report.kept["conversations"] += 1
+        fitting = list(_fit_examples(examples, source, section, reserve, count_tokens, report))
+        chosen = choose(fitting, source.max_per_conversation, recipe.seed)
+        replied = sum(example.reply is not None for example in fitting)
+        report.tally.dropped["beyond max_per_conversation"] += max(replied - source.max_per_conversation, 0)
+        for example in chosen:
+            report.kept["prompts without reply" if example.reply is None else "examples"] += 1
+            report.tokens["context"].append(sum(count_tokens(turn.text) for turn in example.turns))
+            report.strategies.update(example.strategies)
+            if example.reply is not None:
+                report.tokens["reply"].append(count_tokens(example.reply))
+        kept_pairs = list(_fit_pairs(pairs, section, reserve, count_tokens, report))
+        report.kept["conversations with an example"] += any(example.reply is not None for example in chosen)
+        report.kept["conversations with an outcome pair"] += bool(kept_pairs)
+        yield chosen, kept_pairs
+
+
+def choose(examples: Sequence[Example], most: int, seed: int) -> list[Example]:
+    """At most `most` examples of a conversation, drawn by id and not by position; the bare post only where no reply is kept."""
+    replied = [example for example in examples if example.reply is not None]
+    ranked = sorted(replied, key=lambda example: derive_seed(seed, "max-per-conversation", example.id))
+    return sorted(ranked[:most] or [example for example in examples if example.reply is None], key=lambda example: example.id)
+
+
+def fit_context(turns: Sequence[Turn], budget: int, keep_first: bool, count_tokens: CountTokens) -> tuple[Turn, ...] | None:
+    """The turns in at most `budget` tokens, template included; None where the answered turn and the claim do not fit.
+
+    Oldest turns go first, whole. The last turn stays as it is. keep_first: the first turn is the claim that all of this is about:
+    it stays, and is shortened from its end where nothing else is left to drop, to no fewer than LEAST_CLAIM tokens.
+    """
+
+    def cost(turn: Turn) -> int:
+        return TURN_TOKENS + count_tokens(turn.text) + (count_tokens(turn.name) if turn.name else 0)
+
+    def room(turns: Sequence[Turn]) -> int:
+        return budget - FIXED_TURN_TOKENS * ((turns[0].role == "assistant") + (turns[-1].role == "assistant"))
+
+    kept = list(turns)
+    if sum(map(cost, kept)) <= room(kept):
+        return tuple(kept)
+    mark = count_tokens(CUT) + 2  # and the blank or line break that joins it to the text
+    if not keep_first:
+        while kept and sum(map(cost, kept)) + mark > room(kept):
+            kept = kept[1:]
+        return (_with_text(kept[0], f"{CUT} {kept[0].text}"), *kept[1:]) if kept else None
+    while len(kept) > 2 and sum(map(cost, kept)) + mark > room(kept):
+        kept = [kept[0], *kept[2:]]
+    claim, later = kept[0], kept[1:]
+    left = room(kept) - sum(map(cost, later)) - TURN_TOKENS
+    text = claim.text if count_tokens(claim.text) + mark <= left and len(kept) < len(turns) else None
+    if text is None:
+        if left < LEAST_CLAIM:
+            return None
+        text = shorten(claim.text, left - mark, count_tokens)
+    return (_with_text(claim, f"{text}\n\n{CUT}"), *later)
+
+
+def shorten(text: str, budget: int, count_tokens: CountTokens) -> str:
+    """The longest beginning of a text, in whole words, with at most `budget` tokens."""
+    ends = ([match.start() for match in re.finditer(r"(?<=\S)\s", text)] + [len(text)])[
+        : max(budget, 0)
+    ]  # a word has a token at least
+    low, high = 0, len(ends)
+    while low < high:
+        middle = (low + high) // 2
+        if count_tokens(text[: ends[middle]]) <= budget:
+            low = middle + 1
+        else:
+            high = middle
+    return text[: ends[low - 1]].rstrip() if low else ""
+
+
+def _extract(label: str, source: CorpusSource, tally: Tally) -> Iterator[tuple[list[Example], list[OutcomePair]]]:
+    folder = source_folder(source)
+    if source.kind == "cmv":
+        return cmv.extract(folder, tally, label)
+    if source.kind == "p4g":
+        return p4g.extract(folder, tally, label, source.donating_only)
+    return _own_rows(folder, tally)
+
+
+def _own_rows(folder: Path, tally: Tally) -> Iterator[tuple[list[Example], list[OutcomePair]]]:
+    """Rows in the project's own format: `examples.jsonl`, and `outcome_pairs.jsonl` where there are pairs."""
+    rows: dict[tuple[str, str], tuple[list[Example], list[OutcomePair]]] = defaultdict(lambda: ([], []))
+    pairs: Iterable[OutcomePair] = ()
+    if (folder / "outcome_pairs.jsonl").is_file():
+        pairs = read_rows(folder / "outcome_pairs.jsonl", OutcomePair)
+    both: Iterable[Example | OutcomePair] = chain(read_rows(folder / "examples.jsonl", Example), pairs)
+    for row in both:
+        tally.read["rows"] += 1
+        if not row.turns or not all(turn.text.strip() for turn in row.turns):
+            tally.dropped["row without a turn, or with an empty one"] += 1
+        elif isinstance(row, Example):
+            rows[row.corpus, row.conversation_id][0].append(row)
+        else:
+            rows[row.corpus, row.conversation_id][1].append(row)
+    for key in sorted(rows):
+        yield rows[key]
+
+
+def _fit_examples(
+    examples: Iterable[Example],
+    source: CorpusSource,
+    section: CorpusSection,
+    reserve: int,
+    count_tokens: CountTokens,
+    report: Report,
+) -> Iterator[Example]:
+    low, high = section.reply_tokens
+    for example in examples:
+        fault = _length_fault(example.reply, low, high, count_tokens)
+        if fault:
+            report.tally.dropped[f"reply {fault}"] += 1
+            continue
+        turns = fit_context(example.turns, section.context_tokens - reserve, source.kind != "p4g", count_tokens)
+        if turns is None:
+            report.tally.dropped["context over budget"] += 1
+            continue
+        if turns != example.turns:
+            report.kept["contexts cut"] += example.reply is not None
+            identity = content_id("example", example.corpus, example.conversation_id, turns_key(turns), example.reply or "")
+            example = example.model_copy(update={"id": identity, "turns": turns})
+        yield example
+
+
+def _fit_pairs(
+    pairs: Iterable[OutcomePair], section: CorpusSection, reserve: int, count_tokens: CountTokens, report: Report
+) -> Iterator[OutcomePair]:
+    low, high = section.reply_tokens
+    for pair in pairs:
+        if _length_fault(pair.winner, low, high, count_tokens) or _length_fault(pair.loser, low, high, count_tokens):
+            report.tally.dropped["pair with a side too short or too long"] += 1
+            continue
+        turns = fit_context(pair.turns, section.context_tokens - reserve, True, count_tokens)
+        if turns is None:
+            report.tally.dropped["pair with a context over budget"] += 1
+            continue
+        if turns != pair.turns:
+            identity = content_id("outcome-pair", pair.corpus, pair.conversation_id, turns_key(turns), pair.winner, pair.loser)
+            pair = pair.model_copy(update={"id": identity, "turns": turns})
+        report.kept["outcome pairs"] += 1
+        report.longer_wins += count_tokens(pair.winner) > count_tokens(pair.loser)
+        yield pair
+
+
+def _length_fault(reply: str | None, low: int, high: int, count_tokens: CountTokens) -> str:
+    if reply is None:
+        return ""
+    tokens = count_tokens(reply)
+    return "too short" if tokens < low else "too long" if tokens > high else ""
+
+
+def _with_text(turn: Turn, text: str) -> Turn:
+    return turn.model_copy(update={"text": text})

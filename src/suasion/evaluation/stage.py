@@ -1,0 +1,177 @@
+"""Stage `evaluate`: every model answers the sealed prompts, the evaluation grader compares all answers, and `summary.json` says
+what follows.
+
+One response a model and prompt, with the sampling stage's settings and the same random numbers for every model: two models with
+equal weights give equal texts. The grader is Bradley-Terry, so that both orders are one observation; identical responses are ties
+without a call. Writes responses.jsonl, models.json (model -> lineage), verdicts.jsonl (ModelVerdict), summary.json.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+from suasion.chat import Renderer, as_text
+from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise
+from suasion.grading.base import Comparison, require_canaries, source_name, train_grader
+from suasion.grading.measure import measure
+from suasion.grading.pairs import load_training_pairs, read_sampled_pairs
+from suasion.models import compute, load_tokenizer
+from suasion.progress import console
+from suasion.records import Example, Response, Verdict, read_json, read_rows, write_json, write_rows
+from suasion.rundir import StageContext, StageResult, package_versions
+from suasion.sampling.respond import Journal, respond
+from suasion.training.dpo import start_lineage
+
+
+def run_stage(stage: StageContext) -> StageResult:
+    """See the module's docstring."""
+    recipe = stage.recipe
+    hardware = compute(recipe.model)
+    renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)
+    examples = sorted(read_rows(stage.input("pools", "eval.jsonl"), Example), key=lambda example: example.prompt().id)
+    prompts = [example.prompt() for example in examples]
+    trained = {item.stage for item in stage.inputs if item.file == "adapter"}
+    models = [name for name in recipe.model_names() if name == "base" or name in trained or f"dpo-{name}" in trained]
+    lineages = {name: start_lineage(stage, name) for name in models}
+
+    journal = Journal(stage.folder / "journal.jsonl")
+    said: dict[str, dict[str, Response]] = {}
+    for name in models:
+        rows = respond(
+            lineages[name],
+            prompts,
+            1,
+            recipe.sample,
+            recipe.model,
+            renderer,
+            hardware,
+            recipe.seed,
+            journal,
+            f"responses of {name}",
+        )
+        said[name] = {row.prompt_id: row for row in rows}
+
+    spec = recipe.evaluate.grader
+    training, external = load_training_pairs(
+        spec.train, stage.input("pools", "grader_pairs.jsonl"), stage.input("pools", "judge_pairs.jsonl")
+    )
+    measured = measure(spec, training, recipe.seed)
+    console.print(
+        f"  evaluation grader: {spec.kind}, trained on {measured.n} {spec.train.kind} pairs: {measured.accuracy:.1%} "
+        f"[{measured.low:.1%}, {measured.high:.1%}] on held-out groups"
+    )
+    grader = train_grader(spec, training, recipe.seed)
+    asked: list[tuple[str, str, str, str]] = []
+    items: list[Comparison] = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        texts = {name: said[name][prompt.id].text for name in models} | ({HUMAN: example.reply} if example.reply else {})
+        context = as_text(prompt.turns)
+        for first, second in combinations(texts, 2):
+            asked.append((prompt.id, prompt.conversation_id, first, second))
+            items.append(Comparison(context, texts[first] or "", texts[second] or ""))
+    grader.neutralise_length(items)
+    canaries = require_canaries(grader, items)
+    verdicts = [
+        ModelVerdict(
+            prompt_id=prompt_id, conversation_id=conversation, first=first, second=second, label=judged.label, p_a=judged.p_a, reason=judged.reason
+        )
+        for (prompt_id, conversation, first, second), judged in zip(asked, grader.grade(items), strict=True)
+    ]  # fmt: skip
+
+    agreement = judge_agreement(stage, grader)
+    facts = {
+        "grader": {
+            "name": f"{spec.kind} grader, trained on {spec.train.kind}",
+            **measured.as_facts(),
+            "canaries": canaries,
+            "same_as_labelling_grader": recipe.ai_labels.grader == spec,
+        },
+        "arms": {
+            arm.name: arm_facts(stage.facts[f"dpo-{arm.name}"], said[arm.name], said["sft"])
+            for arm in recipe.dpo
+            if arm.name in models
+        },
+        "labels": {
+            source: known
+            for source, name in (("ai", "ai-labels"), ("human", "human-labels"))
+            if (known := stage.facts.get(name)) is not None and not (source == "human" and stage.waiting)
+        },
+        "preferences": read_json(stage.input("preferences", "counts.json")),
+        "agreement": agreement,
+        "counts": {name: stage.facts[name] for name in ("pools", "sft", "sample") if name in stage.facts},
+        "waiting": {name: stage.waiting for name in recipe.model_names() if name not in models},
+        "packages": package_versions(),
+    }
+    summary = summarise(recipe, examples, said, verdicts, facts)
+    write_rows(stage.folder / "responses.jsonl", [said[name][prompt.id] for name in models for prompt in prompts])
+    write_json(stage.folder / "models.json", {"models": {name: lineages[name].hash for name in models}})
+    write_rows(stage.folder / "verdicts.jsonl", verdicts)
+    write_json(stage.folder / "summary.json", summary)
+    journal.path.unlink(missing_ok=True)
+    return StageResult(
+        rows_in=len(examples),
+        rows_out=len(verdicts),
+        facts={
+            "models": {name: lineages[name].hash for name in models},
+            "template_hash": renderer.template_hash,
+            "grader": facts["grader"],
+            "agreement": agreement,
+        },
+        external=external,
+    )
+
+
+def arm_facts(trained: dict[str, Any], own: dict[str, Response], sft: dict[str, Response]) -> dict[str, Any]:
+    """What an arm's training did to the model: the report calls an arm that did not move by that name."""
+    changed = [own[prompt_id].text != sft[prompt_id].text for prompt_id in own]
+    return {
+        "margin": trained["final_margin"],
+        "kl": trained["kl_to_start"],
+        "changed_share": sum(changed) / len(changed),
+        "steps": trained["steps"],
+        "first_loss": trained["first_loss"],
+        "expected_first_loss": trained["expected_first_loss"],
+        "moved": trained["moved"] and any(changed),
+        "preferences": trained["off_policy"] + trained["on_policy"],
+        "off_policy": trained["off_policy"],
+    }
+
+
+def judge_agreement(stage: StageContext, grader: Any) -> list[dict[str, Any]]:
+    """How often each label source agrees with the evaluation grader on the same pairs; ties on either side are left out.
+
+    The arm whose labels resemble the judge's has an advantage: the report shows these numbers beside the result.
+    """
+    pairs = read_sampled_pairs(
+        stage.input("sample", "pairs.jsonl"),
+        stage.input("sample", "responses.jsonl"),
+        [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
+    )
+    judged = {
+        pair.pair.id: one.label for pair, one in zip(pairs, grader.grade([pair.comparison() for pair in pairs]), strict=True)
+    }
+    rows = []
+    for item, path in sorted(stage.inputs.items(), key=lambda entry: entry[0].stage):
+        if item.file != "verdicts.jsonl":
+            continue
+        labelled: dict[str, list[Verdict]] = {}
+        for verdict in read_rows(path, Verdict):
+            labelled.setdefault(verdict.source, []).append(verdict)
+        for source, verdicts in sorted(labelled.items()):
+            both = [(v.label, judged[v.pair_id]) for v in verdicts if v.pair_id in judged]
+            decisive = [(ours, theirs) for ours, theirs in both if ours in ("a", "b") and theirs in ("a", "b")]
+            agree = sum(ours == theirs for ours, theirs in decisive) / len(decisive) if decisive else None
+            on = "this run's pairs"
+            rows.append(
+                {
+                    "a": source,
+                    "b": source_name(grader.kind) + " (evaluation grader)",
+                    "on": on,
+                    "agree": agree,
+                    "n": len(decisive),
+                }
+            )
+            if agree is not None:
+                console.print(f"  {source} and the evaluation grader agree on {agree:.0%} of {len(decisive)} common pairs")
+    return rows

@@ -1,0 +1,225 @@
+"""The sentences of a summary: what was found, how sure that is, and what it cannot show. Plain words, made from its numbers.
+
+The report, the Markdown paper and the terminal all print these sentences; none of them writes its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from suasion.recipe import ImportedLabels, Recipe
+
+PROVES_NOTHING_BELOW = 100  # prompts: fewer cannot see a true win rate under 65% even with a perfect grader
+
+
+def percent(value: float | None) -> str:
+    """.634 -> '63%'. Whole percents: no run here supports more."""
+    return "–" if value is None else f"{100 * value:.0f}%"
+
+
+def at_least(value: float) -> str:
+    """A threshold as a percentage, rounded up so that it is never understated."""
+    return f"{math.ceil(round(100 * value, 6))}%"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """(.55, .73) -> '55–73%'."""
+    return "–" if low is None or high is None else f"{100 * low:.0f}–{100 * high:.0f}%"
+
+
+def p_value(p: float | None) -> str:
+    """'p = .03', 'p < .001'."""
+    if p is None:
+        return "no p-value"
+    return "p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", ".") if p < 0.995 else "p = 1"
+
+
+def source_label(name: str, simulated: bool) -> str:
+    """Name of a label source; simulated people are called so wherever they stand."""
+    return f"{name} (simulated)" if simulated and name == "human" else name
+
+
+def listed(items: list[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def headline(summary: dict[str, Any]) -> list[str]:
+    """Which feedback helped, by how much, how sure: a few sentences, the most important first."""
+    n = summary["n"]["prompts"]
+    sentences = [size_warning(summary)] if n < PROVES_NOTHING_BELOW else []
+    labels = {model["name"]: model["label"] for model in summary["models"]}
+    against_base = [c for c in summary["comparisons"] if c["second"] == "base" and c["first"] != "human"]
+    sentences.extend(_against_base(against_base, labels))
+    source = next((c for c in summary["comparisons"] if (c["first"], c["second"]) == ("rlaif-matched", "rlhf")), None)
+    if source is not None:
+        sentences.append(_source_of_feedback(source, labels))
+    sentences.extend(_against_people(summary, labels))
+    if n >= PROVES_NOTHING_BELOW:
+        sentences.append(_sensitivity(summary))
+    return sentences
+
+
+def size_warning(summary: dict[str, Any]) -> str:
+    """The sentence that a run under 100 prompts must carry wherever its numbers are shown."""
+    n = summary["n"]["prompts"]
+    rate = summary["power"]["detectable"][0]["win_rate"]
+    could = (
+        f"with a perfect grader and a single comparison it could detect only a true win rate of {at_least(rate)} or more"
+        if rate is not None
+        else "not even a model that always wins could be told from chance"
+    )
+    return f"A run of this size proves nothing: on {n} evaluation prompt{'s' * (n != 1)}, {could}."
+
+
+def proves_nothing(summary: dict[str, Any]) -> bool:
+    """Whether the run is too small for any claim."""
+    return bool(summary["n"]["prompts"] < PROVES_NOTHING_BELOW)
+
+
+def caveats(summary: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What stands between these numbers and a conclusion, most serious first."""
+    facts, n = summary["facts"], summary["n"]
+    labels = {model["name"]: model["label"] for model in summary["models"]}
+    found = [
+        f"Sample size: {n['prompts']} prompts from {n['conversations']} conversations, one response a model and prompt; "
+        f"{n['scored']} of {n['asked']} comparisons were scored, missing ones are left out and never counted as ties."
+    ]
+    simulated = [model["label"] for model in summary["models"] if model["simulated"]]
+    if recipe.human_labels.source.kind == "simulated":
+        concerns = f", which concerns {listed(simulated)}" if simulated else ""
+        found.append(f"No person labelled anything: the human labels are simulated by a documented scorer{concerns}.")
+    found.extend(_arm_caveats(facts, labels))
+    found.append(_grader_caveat(facts))
+    found.append(_agreement_caveat(facts, recipe.human_labels.source.kind == "simulated"))
+    if recipe.evaluate.allow_same_grader:
+        found.append("The recipe lets the labelling grader judge the result: its own arms are favoured.")
+    found.append("Intervals cover prompts, not training runs: another seed would give another model.")
+    second = [labels[arm.name] for arm in recipe.dpo if arm.start != "sft" and arm.name in labels]
+    if second:
+        found.append(
+            f"Off-policy second stage: {listed(second)} learned from responses of sft, not of the model it started from."
+        )
+    imported = [labels[arm.name] for arm in recipe.dpo if arm.labels == "human" and arm.name in labels]
+    if isinstance(recipe.human_labels.source, ImportedLabels) and recipe.human_labels.source.layout == "preferences" and imported:
+        found.append(f"Off-policy human labels: {listed(imported)} learned from imported responses that another model wrote.")
+    if {"rlaif", "rlhf"} <= labels.keys():
+        found.append(
+            "rlaif and rlhf differ in data, size and settings; only rlaif-matched against rlhf compares the source of feedback alone."
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, reason in sorted((facts.get("waiting") or {}).items()):
+        reasons.setdefault(reason, []).append(name)
+    found.extend(f"Missing: {listed(names)} ({reason})." for reason, names in reasons.items())
+    found.append("Base models may have read these threads, or others like them, before this experiment.")
+    found.append("The truth of claims is not measured: a response can win and be wrong.")
+    return found
+
+
+def _against_base(comparisons: list[dict[str, Any]], labels: dict[str, str]) -> list[str]:
+    if not comparisons:
+        return ["Cannot say: no trained model was compared with the base model."]
+    sentences = []
+    phrases = {
+        "better": "Better than the untrained base: {}.",
+        "worse": "Worse than the untrained base: {}.",
+        "equivalent": "Equivalent to the untrained base within the margin: {}.",
+    }
+    for word, phrase in phrases.items():
+        group = sorted((c for c in comparisons if c["verdict"] == word), key=lambda c: -c["value"])
+        if group:
+            sentences.append(phrase.format(listed([_result(c, labels) for c in group])))
+    unsure = [c for c in comparisons if c["verdict"] == "cannot say"]
+    if len(unsure) == len(comparisons):
+        sentences.append("Cannot say which feedback helped: no trained model can be told from the untrained base.")
+        scored = sorted((c for c in unsure if c["value"] is not None), key=lambda c: -c["value"])
+        if scored:
+            numbers = [f"{labels[c['first']]} {percent(c['value'])} ({interval(c['low'], c['high'])})" for c in scored]
+            sentences.append(f"Win rates against the base: {listed(numbers)}.")
+    elif unsure:
+        numbers = [f"{labels[c['first']]} {percent(c['value'])} ({interval(c['low'], c['high'])})" for c in unsure]
+        sentences.append(f"Cannot be told from the base: {listed(numbers)}.")
+    return sentences
+
+
+def _result(comparison: dict[str, Any], labels: dict[str, str]) -> str:
+    return (
+        f"{labels[comparison['first']]} wins {percent(comparison['value'])} of {comparison['n']} prompts "
+        f"({interval(comparison['low'], comparison['high'])}, {p_value(comparison['p_holm'])})"
+    )
+
+
+def _source_of_feedback(comparison: dict[str, Any], labels: dict[str, str]) -> str:
+    first, second = labels[comparison["first"]], labels[comparison["second"]]
+    human = "simulated human" if second.endswith("(simulated)") else "human"
+    numbers = (
+        f"{first} wins {percent(comparison['value'])} against {second} "
+        f"({interval(comparison['low'], comparison['high'])}, {p_value(comparison['p_holm'])})"
+    )
+    if comparison["value"] is None:
+        return f"Source of feedback on the same pairs: cannot say, {first} was never scored against {second}."
+    if comparison["verdict"] == "equivalent":
+        return f"On the same pairs AI and {human} labels are equivalent within the margin: {numbers}."
+    if comparison["verdict"] == "cannot say":
+        return f"Whether AI or {human} labels teach more on the same pairs, this run cannot say: {numbers}."
+    better = "AI" if comparison["verdict"] == "better" else human
+    return f"On the same pairs {better} labels taught more: {numbers}."
+
+
+def _against_people(summary: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    scored = [model for model in summary["models"] if model["win_vs_human"]["value"] is not None]
+    if not scored:
+        return []
+    best = max(scored, key=lambda model: model["win_vs_human"]["value"])
+    rate = best["win_vs_human"]
+    return [
+        f"Beside the real human reply, the grader prefers the highest-scoring model, {best['label']}, on {percent(rate['value'])} of prompts "
+        f"({interval(rate['low'], rate['high'])})."
+    ]
+
+
+def _sensitivity(summary: dict[str, Any]) -> str:
+    """What could have been missed: of the grader's own preference, and of people's where the grader's accuracy is known."""
+    rates = {row["name"]: row["win_rate"] for row in summary["power"]["detectable"]}
+    own = rates["ties"]
+    missed = "any true win rate" if own is None else f"a true win rate under {at_least(own)}"
+    text = f"How sure: in this grader's eyes, {missed} would usually have gone unseen."
+    if "grader" not in rates:
+        return text
+    people = "nothing could be seen" if rates["grader"] is None else f"only {at_least(rates['grader'])} or more could be seen"
+    accuracy = percent(summary["power"]["grader_accuracy"])
+    return f"{text} In people's eyes {people}, if the grader errs here as often as on its test pairs ({accuracy} right)."
+
+
+def _arm_caveats(facts: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    still = [labels[name] for name, arm in (facts.get("arms") or {}).items() if name in labels and arm.get("moved") is False]
+    return [
+        f"{name} did not move: its training left it practically where it started, so its result says nothing about its feedback."
+        for name in still
+    ]
+
+
+def _grader_caveat(facts: dict[str, Any]) -> str:
+    accuracy = (facts.get("grader") or {}).get("accuracy")
+    if accuracy is None:
+        return "The accuracy of the evaluation grader was not measured: every win rate is this grader's opinion, not people's."
+    return (
+        f"The evaluation grader picks the reply that people preferred in {percent(accuracy)} of its own test pairs; on model-written "
+        "text, which it never saw, it may be worse. Every win rate is its opinion."
+    )
+
+
+def _agreement_caveat(facts: dict[str, Any], simulated: bool) -> str:
+    rows = [row for row in facts.get("agreement") or [] if row.get("agree") is not None]
+    if not rows:
+        return "How often each label source agrees with the evaluation grader was not measured; the arm whose labels resemble the judge wins."
+    parts = [
+        f"{source_label(row['a'], simulated)} with {source_label(row['b'], simulated)} {percent(row['agree'])} of {row['n']}{_on(row)}"
+        for row in rows
+    ]
+    return f"The arm whose labels resemble the judge is favoured. Agreement on common pairs: {'; '.join(parts)}."
+
+
+def _on(row: dict[str, Any]) -> str:
+    return f" ({row['on']})" if row.get("on") else ""

@@ -1,0 +1,149 @@
+"""How far to trust a trained grader: grouped cross-validation on the pairs it learns from, beside "longer wins".
+
+All pairs of one group (a poster, a topic) lie in one fold, so that no grader is tested on somebody it was trained on. Accuracy
+comes with a cluster bootstrap over groups: pairs of one group are not independent. Nothing is read or written here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from suasion import recipe
+from suasion.errors import UserError
+from suasion.grading.base import LONGER_WINS, Comparison, Grader, Judgement, train_grader
+from suasion.grading.pairs import TrainingPair
+from suasion.seeding import derive_seed, generator
+
+BOOTSTRAP = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Accuracy on held-out groups: the share of pairs whose winner is named, a tie counting one half.
+
+    low, high: percentile interval of a cluster bootstrap by group. brier: mean of (1 - P(winner))^2, .25 for a coin that says
+    .5. longer: the accuracy of "longer wins" on the same pairs.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    brier: float
+    n: int
+    groups: int
+    folds: int
+    longer: float
+    longer_low: float
+    longer_high: float
+
+    def as_facts(self) -> dict[str, float | int]:
+        """Rounded, for a manifest."""
+        return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def measure(
+    spec: recipe.EmbeddingGrader | recipe.NgramGrader, pairs: Sequence[TrainingPair], seed: int, folds: int = 5
+) -> Measurement:
+    """Cross-validate a grader by group. Raises UserError with fewer than two groups: nothing can be held out."""
+    fold_of = fold_assignment([pair.group for pair in pairs], folds, seed)
+    used = max(fold_of, default=-1) + 1
+    if used < 2:
+        raise UserError(
+            f"the grader's {len(pairs)} training pairs come from fewer than two groups (posters or topics), so that its accuracy "
+            "cannot be measured. Give it pairs of more conversations."
+        )
+    judged: dict[int, Judgement] = {}
+    for fold in range(used):
+        grader = train_grader(spec, [pair for pair, k in zip(pairs, fold_of, strict=True) if k != fold], seed)
+        held_out = [i for i, k in enumerate(fold_of) if k == fold]
+        judged.update(zip(held_out, judge_pairs(grader, [pairs[i] for i in held_out], seed), strict=True))
+    return score(pairs, [judged[i] for i in range(len(pairs))], used, seed)
+
+
+def measure_on(grader: Grader, pairs: Sequence[TrainingPair], seed: int) -> Measurement:
+    """The same numbers for a grader that has never seen these pairs (folds: 0)."""
+    return score(pairs, judge_pairs(grader, pairs, seed), 0, seed)
+
+
+def fold_assignment(groups: Sequence[str], folds: int, seed: int) -> list[int]:
+    """A fold for each row: groups in a seeded order, each into the fold that has fewest rows so far."""
+    sizes: dict[str, int] = defaultdict(int)
+    for group in groups:
+        sizes[group] += 1
+    filled = [0] * min(folds, len(sizes))
+    fold_of = {}
+    for group in sorted(sizes, key=lambda name: (derive_seed(seed, "folds", name), name)):
+        fold = filled.index(min(filled))
+        fold_of[group] = fold
+        filled[fold] += sizes[group]
+    return [fold_of[group] for group in groups]
+
+
+def judge_pairs(grader: Grader, pairs: Sequence[TrainingPair], seed: int) -> list[Judgement]:
+    """Judgements in which `a` is the winner; each pair is shown in a seeded order, so that position cannot help."""
+    flips = [derive_seed(seed, "shown", pair.context, pair.winner, pair.loser) % 2 == 1 for pair in pairs]
+    items = [Comparison(pair.context, pair.winner, pair.loser) for pair in pairs]
+    shown = [item.swapped() if flip else item for item, flip in zip(items, flips, strict=True)]
+    return [_mirrored(judged) if flip else judged for judged, flip in zip(grader.grade(shown), flips, strict=True)]
+
+
+def score(pairs: Sequence[TrainingPair], judged: Sequence[Judgement], folds: int, seed: int) -> Measurement:
+    """Accuracy, Brier and intervals of judgements in which `a` is the winner."""
+    groups = [pair.group for pair in pairs]
+    right = points(judged)
+    longer = points(LONGER_WINS.grade([Comparison(pair.context, pair.winner, pair.loser) for pair in pairs]))
+    low, high = cluster_interval(right, groups, seed)
+    longer_low, longer_high = cluster_interval(longer, groups, seed)
+    probabilities = np.array([0.5 if one.p_a is None else one.p_a for one in judged])
+    return Measurement(
+        accuracy=float(right.mean()),
+        low=low,
+        high=high,
+        brier=float(np.mean((1.0 - probabilities) ** 2)),
+        n=len(pairs),
+        groups=len(set(groups)),
+        folds=folds,
+        longer=float(longer.mean()),
+        longer_low=longer_low,
+        longer_high=longer_high,
+    )
+
+
+def points(judged: Sequence[Judgement]) -> np.ndarray:
+    """[n]: 1 where `a`, the winner, is named, .5 for a tie or a missing judgement, else 0."""
+    return np.array([{"a": 1.0, "b": 0.0}.get(one.label, 0.5) for one in judged])
+
+
+def cluster_interval(values: np.ndarray, groups: Sequence[str], seed: int) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values` [n] when whole groups are drawn with replacement."""
+    rows = np.column_stack([values, np.ones(len(values))])
+    return cluster_bootstrap(
+        lambda totals: totals[..., 0] / totals[..., 1], rows, groups, generator(seed, "bootstrap", "accuracy")
+    )
+
+
+def cluster_bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, groups: Sequence[str], random: np.random.Generator
+) -> tuple[float, float]:
+    """95% percentile interval of a statistic of column totals, when whole groups are drawn with replacement (Efron & Tibshirani 1993).
+
+    rows: [n, ...] what each row adds to the totals; statistic: totals [repetitions, ...] -> [repetitions], NaN where undefined.
+    """
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    count = int(member.max()) + 1
+    sums = np.zeros((count, *rows.shape[1:]))
+    np.add.at(sums, member, rows)
+    drawn = random.multinomial(count, np.full(count, 1.0 / count), size=BOOTSTRAP).astype(np.float64)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(statistic(np.tensordot(drawn, sums, axes=1)), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _mirrored(judged: Judgement) -> Judgement:
+    label = {"a": "b", "b": "a"}.get(judged.label, judged.label)
+    return Judgement(None if judged.p_a is None else 1.0 - judged.p_a, label, judged.reason, judged.raw)  # type: ignore[arg-type]

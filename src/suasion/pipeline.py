@@ -1,0 +1,293 @@
+"""The experiment as one list of stages with files between them, and the loop that runs it.
+
+    corpus -> pools -> sft -> sample -+-> ai-labels ----+-> preferences -> dpo-<arm> ... -> evaluate -> report
+                                      +-> human-labels -+
+
+A stage is a function from a `StageContext` to a `StageResult`; this table says which files it reads and which part of the recipe
+concerns it. Run again, a finished stage is skipped if its inputs and its part of the recipe are unchanged and refused if not; an
+unfinished one goes on where it was. Missing human labels block only the arms that need them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from suasion.errors import UsageError, UserError, WaitingForPeople
+from suasion.progress import console, duration
+from suasion.recipe import Recipe
+from suasion.records import read_json, write_json
+from suasion.rundir import Input, RunDir, StageContext, StageResult, cache_dir, differences, refuse_stale
+
+MODEL = (
+    "model.base",
+    "model.revision",
+    "model.system_prompt",
+    "model.max_length",
+    "model.dtype",
+    "model.device",
+    "model.attention",
+)
+ATTEMPT = "attempt.json"  # which recipe slice and inputs an unfinished folder belongs to
+TEXT = ("model.base", "model.revision", "model.system_prompt")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table. `sections` are the recipe's keys that this stage's result depends on."""
+
+    name: str
+    folder: str
+    module: str
+    sections: tuple[str, ...]
+    inputs: tuple[Input, ...] = ()
+    arm: str = ""
+
+    def function(self) -> Callable[[StageContext], StageResult]:
+        """The stage's function; its module is imported only when it runs, so that skipping is fast."""
+        return importlib.import_module(self.module).run_stage  # type: ignore[no-any-return]
+
+    def external(self, recipe: Recipe) -> dict[str, str] | None:
+        """sha256 of what this stage reads from outside the run, None where it reads nothing there."""
+        function = getattr(importlib.import_module(self.module), "external_hashes", None) if self.reads_outside else None
+        return function(recipe) if function else None
+
+    @property
+    def reads_outside(self) -> bool:
+        """Whether the stage reads a corpus, a grader's training pairs or an imported file."""
+        return self.name in ("corpus", "ai-labels", "human-labels", "evaluate")
+
+
+def stages(recipe: Recipe, blocked: frozenset[str] = frozenset()) -> list[Stage]:
+    """All stages of a recipe in order. `blocked` names stages that wait for people; later stages do without their files."""
+    pools = [Input("pools", "rlaif.jsonl"), Input("pools", "rlhf.jsonl")]
+    sampled = [Input("sample", "pairs.jsonl"), Input("sample", "responses.jsonl")]
+    human = (
+        [] if "human-labels" in blocked else [Input("human-labels", "verdicts.jsonl"), Input("human-labels", "imported.jsonl")]
+    )
+    trained = [arm for arm in recipe.dpo if f"dpo-{arm.name}" not in blocked]
+    arms = [
+        Stage(
+            f"dpo-{arm.name}", f"08-dpo-{arm.name}", "suasion.training.dpo", (*MODEL, f"dpo.{arm.name}", "seed"),
+            (Input("preferences", f"{arm.name}.jsonl"), *(Input(name, "adapter") for name in _adapters_read(recipe, arm.name))),
+            arm=arm.name,
+        )
+        for arm in recipe.dpo
+    ]  # fmt: skip
+    adapters = [Input("sft", "adapter"), *(Input(f"dpo-{arm.name}", "adapter") for arm in trained)]
+    metrics = [Input("sft", "metrics.jsonl"), *(Input(f"dpo-{arm.name}", "metrics.jsonl") for arm in trained)]
+    results = [Input("evaluate", file) for file in ("summary.json", "responses.jsonl", "verdicts.jsonl", "models.json")]
+    return [
+        Stage("corpus", "01-corpus", "suasion.corpora.stage", ("corpus", *TEXT, "seed")),
+        Stage("pools", "02-pools", "suasion.pools", ("pools", "seed"), (Input("corpus", "examples.jsonl"), Input("corpus", "outcome_pairs.jsonl"))),
+        Stage("sft", "03-sft", "suasion.training.sft", (*MODEL, "sft", "seed"), (Input("pools", "sft.jsonl"),)),
+        Stage("sample", "04-sample", "suasion.sampling.stage", (*MODEL, "sample", "seed"), (*pools, Input("sft", "adapter"))),
+        Stage(
+            "ai-labels", "05-ai-labels", "suasion.grading.stage", ("ai_labels", "seed"),
+            (*sampled, *pools, Input("pools", "grader_pairs.jsonl"), Input("pools", "judge_pairs.jsonl")),
+        ),
+        Stage("human-labels", "06-human-labels", "suasion.labeling.stage", ("human_labels", "seed"), (*sampled, *pools, Input("pools", "held_out.json"))),
+        Stage(
+            "preferences", "07-preferences", "suasion.preferences", ("preferences", "dpo.*", "human_labels", "seed"),
+            (*sampled, *pools, Input("ai-labels", "verdicts.jsonl"), *human),
+        ),
+        *arms,
+        Stage(
+            "evaluate", "09-evaluate", "suasion.evaluation.stage", (*MODEL, "sample", "evaluate", "ai_labels", "human_labels", "dpo.*", "seed"),
+            (
+                Input("pools", "eval.jsonl"), Input("pools", "judge_pairs.jsonl"), Input("pools", "grader_pairs.jsonl"), *sampled, *pools,
+                *(item for item in human if item.file == "verdicts.jsonl"), Input("ai-labels", "verdicts.jsonl"),
+                Input("preferences", "counts.json"), *adapters,
+            ),
+        ),
+        Stage(
+            "report", "10-report", "suasion.reporting.stage", ("report", "name"),
+            (*results, Input("pools", "eval.jsonl"), Input("corpus", "counts.json"), *metrics),
+        ),
+    ]  # fmt: skip
+
+
+def needs_people(recipe: Recipe) -> frozenset[str]:
+    """Stages that cannot run without human labels: the arms that use them, and the arms that start from those."""
+    blocked: set[str] = set()
+    for arm in recipe.dpo:
+        if arm.labels == "human" or arm.matched or {arm.start, arm.reference} & {name.removeprefix("dpo-") for name in blocked}:
+            blocked.add(f"dpo-{arm.name}")
+    return frozenset(blocked)
+
+
+def open_run(recipe: Recipe, runs: Path) -> RunDir:
+    """The run directory of a recipe."""
+    return RunDir(runs / recipe.name, {stage.name: stage.folder for stage in stages(recipe)})
+
+
+def recipe_slice(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
+    """The part of a recipe that a stage depends on, without paths of this machine: files count by their content.
+
+    Keys are dotted; `dpo.<arm>` is one arm, `dpo.*` what each arm starts from and learns from.
+    """
+    data = recipe.model_dump(mode="json")
+    part: dict[str, Any] = {}
+    for section in sections:
+        if section == "dpo.*":
+            part[section] = {
+                arm["name"]: {key: arm[key] for key in ("start", "labels", "pool", "matched")} for arm in data["dpo"]
+            }
+        elif section.startswith("dpo."):
+            part[section] = next(arm for arm in data["dpo"] if f"dpo.{arm['name']}" == section)
+        else:
+            node = data
+            for key in section.split("."):
+                node = node[key]
+            part[section] = node
+    cleaned: dict[str, Any] = _without_paths(part)
+    return cleaned
+
+
+def run(
+    recipe: Recipe,
+    runs: Path,
+    first: str | None = None,
+    last: str | None = None,
+    redo: str | None = None,
+) -> tuple[RunDir, WaitingForPeople | None]:
+    """Run every stage from `first` to `last`. Returns the run directory, and what people still have to do, if anything.
+
+    Raises UserError and UsageError; everything made before stays.
+    """
+    names = [stage.name for stage in stages(recipe)]
+    for option, value in (("--from", first), ("--until", last), ("--redo", redo)):
+        if value is not None and value not in names:
+            raise UsageError(f"{option} {value}: no such stage. Stages: {', '.join(names)}.")
+    directory = open_run(recipe, runs)
+    with directory.lock():
+        _refuse_changed_recipe(directory, recipe, names[: names.index(redo)] if redo else names)
+        if redo:
+            attic = directory.move_to_attic(names[names.index(redo) :])
+            if attic:
+                console.print(f"moved {redo} and all after it to {attic}")
+        directory.write_recipe(recipe)
+        waiting: WaitingForPeople | None = None
+        blocked: frozenset[str] = frozenset()
+        start = names.index(first) if first else 0
+        stop = names.index(last) if last else len(names) - 1
+        for index, name in enumerate(names[: stop + 1]):
+            if name in blocked:
+                continue
+            stage = next(stage for stage in stages(recipe, blocked) if stage.name == name)
+            if index < start:
+                if directory.state(name) != "complete":
+                    raise UsageError(f"--from {first}: stage {name} before it is {directory.state(name)}. Run without --from.")
+                continue
+            try:
+                run_stage(directory, recipe, stage, waiting)
+            except WaitingForPeople as error:
+                waiting, blocked = error, needs_people(recipe) | {"human-labels"}
+                console.print(f"[yellow]{name}: waiting for people.[/] {error}")
+        return directory, waiting
+
+
+def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingForPeople | None) -> None:
+    """Run, resume or skip one stage."""
+    part = recipe_slice(recipe, stage.sections)
+    inputs = directory.input_hashes(stage.name, stage.inputs)
+    if directory.state(stage.name) == "complete":
+        manifest = directory.manifest(stage.name)
+        if manifest.facts.get("waiting") and waiting is None:
+            # Made without the human labels that are there now: not stale, only provisional.
+            console.print(f"{stage.name}: made again, now with human labels (the provisional one moves to attic/)")
+            directory.move_to_attic([stage.name])
+        else:
+            changes = differences(manifest, part, inputs)
+            outside = stage.external(recipe)
+            recorded = manifest.external_inputs()
+            if outside is not None and outside != recorded:
+                changed = sorted(key for key in outside.keys() | recorded.keys() if outside.get(key) != recorded.get(key))
+                changes += [f"file outside the run: {key} changed" for key in changed]
+            if changes:
+                raise refuse_stale(stage.name, changes)
+            console.print(f"[dim]{stage.name}: done before, skipped ({manifest.rows_out} rows)[/]")
+            return
+    resumed = directory.state(stage.name) == "unfinished"
+    folder = directory.folder(stage.name)
+    if resumed and not _same_attempt(folder, part, inputs):
+        directory.move_to_attic([stage.name])  # an unfinished attempt with other settings: nothing in it can be used here
+        resumed = False
+    folder.mkdir(parents=True, exist_ok=True)
+    _mark_attempt(folder, part, inputs)
+    console.print(f"[bold]{stage.name}[/]{' (resumed)' if resumed else ''}")
+    context = StageContext(
+        recipe=recipe,
+        stage=stage.name,
+        folder=folder,
+        inputs={item: directory.folder(item.stage) / item.file for item in stage.inputs},
+        cache=cache_dir(),
+        arm=stage.arm,
+        facts={name: directory.manifest(name).facts for name in directory.folders if directory.state(name) == "complete"},
+        waiting=str(waiting) if waiting else "",
+    )
+    began = time.monotonic()
+    result = stage.function()(context)
+    (folder / ATTEMPT).unlink()
+    if waiting and stage.name in ("preferences", "evaluate", "report"):
+        result.facts["waiting"] = str(waiting)
+    manifest = directory.complete(stage.name, part, inputs, result, _hardware(recipe))
+    seconds = time.monotonic() - began
+    directory.record_time(stage.name, seconds, resumed=resumed)
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest.dropped.items()))
+    console.print(
+        f"  {manifest.rows_in} rows in, {manifest.rows_out} out{'; dropped: ' + dropped if dropped else ''}; {duration(seconds)}"
+    )
+
+
+def _mark_attempt(folder: Path, part: dict[str, Any], inputs: dict[str, str]) -> None:
+    write_json(folder / ATTEMPT, {"recipe": part, "inputs": inputs})
+
+
+def _same_attempt(folder: Path, part: dict[str, Any], inputs: dict[str, str]) -> bool:
+    """Whether an unfinished folder belongs to the same recipe slice and inputs."""
+    try:
+        return bool(read_json(folder / ATTEMPT) == {"recipe": part, "inputs": inputs})
+    except UserError:
+        return False
+
+
+def _refuse_changed_recipe(directory: RunDir, recipe: Recipe, names: list[str]) -> None:
+    """Find a changed recipe before anything is touched, so that a refusal leaves the run as it was."""
+    for stage in stages(recipe):
+        if stage.name in names and directory.state(stage.name) == "complete":
+            manifest = directory.manifest(stage.name)
+            changes = differences(manifest, recipe_slice(recipe, stage.sections), manifest.inputs_of_run())
+            if changes:
+                raise refuse_stale(stage.name, changes)
+
+
+def _adapters_read(recipe: Recipe, arm: str) -> list[str]:
+    """Stages whose adapters an arm's start and reference models are made of."""
+    spec = recipe.arm(arm)
+    names: list[str] = []
+    for model in (spec.start, spec.start if spec.reference == "start" else spec.reference):
+        while model not in ("base", "sft"):
+            names.append(f"dpo-{model}")
+            model = recipe.arm(model).start
+        if model == "sft":
+            names.append("sft")
+    return sorted(set(names))
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: (Path(item).name if key == "path" and item else _without_paths(item)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return value
+
+
+def _hardware(recipe: Recipe) -> dict[str, Any]:
+    from suasion.models import compute
+
+    return compute(recipe.model).as_dict()

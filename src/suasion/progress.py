@@ -1,0 +1,78 @@
+"""Progress with rate and time left: a bar in a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(highlight=False)
+LOG_EVERY_SECONDS = 20.0
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{_rate(speed)} {self.unit}/s" if speed else "", style="dim")
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str = "rows", done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(count)`. `done` rows were made by an earlier, interrupted attempt and do not count for the rate."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("  {task.description:<28}"),
+            BarColumn(28),
+            MofNCompleteColumn(),
+            _Rate(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=False) as bar:
+            task = bar.add_task(description, total=total, completed=done)
+            yield lambda count: bar.update(task, advance=count)
+        return
+    state = {"done": done, "last": time.monotonic()}
+    start = time.monotonic()
+
+    def advance(count: int) -> None:
+        state["done"] += count
+        now = time.monotonic()
+        if now - state["last"] >= LOG_EVERY_SECONDS or state["done"] >= total:
+            state["last"] = now
+            rate = (state["done"] - done) / max(now - start, 1e-9)
+            left = (total - state["done"]) / rate if rate else float("inf")
+            console.print(f"  {description}: {state['done']:.0f}/{total} {unit}, {_rate(rate)} {unit}/s, {duration(left)} left")
+
+    yield advance
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '7 min 03 s', '2 h 10 min'."""
+    if seconds == float("inf"):
+        return "unknown time"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -1,0 +1,261 @@
+"""The typed rows that cross stage borders, and how they are read and written.
+
+Stages meet on disk through these rows and nothing else. Each row carries its format version, ids are hashes of content, and
+an unknown or missing field fails with file and line. *reply* is a human's, *response* a model's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from suasion.errors import UserError
+
+Role = Literal["user", "assistant"]
+Label = Literal["a", "b", "tie", "none"]
+PoolName = Literal["sft", "rlaif", "rlhf", "eval"]
+
+
+class Row(BaseModel):
+    """Base of all rows: immutable, and strict about its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Turn(Row):
+    """One turn of a dialogue. `user` is the person to be persuaded, `assistant` the persuader or any other challenger.
+
+    `name` tells several people of one role apart ("Challenger 2"); it is a position in the thread, never a real user name.
+    """
+
+    role: Role
+    text: str
+    name: str | None = None
+
+
+class Prompt(Row):
+    """A dialogue so far, in which the persuader speaks next."""
+
+    format: Literal["prompt/1"] = "prompt/1"
+    id: str
+    corpus: str
+    conversation_id: str
+    author: str
+    turns: tuple[Turn, ...]
+
+
+class Example(Row):
+    """A prompt with the reply that a human gave.
+
+    author: CMV: the poster; P4G: the persuader. outcome: 1.0 persuaded, 0.0 not, P4G: the donation in dollars (capped at 2),
+    None unknown. reply is None for posts that nobody answered: they can only become prompts.
+    """
+
+    format: Literal["example/1"] = "example/1"
+    id: str
+    corpus: str
+    conversation_id: str
+    author: str
+    turns: tuple[Turn, ...]
+    reply: str | None
+    outcome: float | None
+    strategies: tuple[str, ...] = ()
+
+    def prompt(self) -> Prompt:
+        """The same row without its reply. The prompt id depends on the context only."""
+        return Prompt(
+            id=content_id("prompt", self.corpus, self.conversation_id, turns_key(self.turns)),
+            corpus=self.corpus,
+            conversation_id=self.conversation_id,
+            author=self.author,
+            turns=self.turns,
+        )
+
+
+class OutcomePair(Row):
+    """Two human replies to one context, of which one persuaded. `group` (the poster, or a topic) is the unit of folds."""
+
+    format: Literal["outcome-pair/1"] = "outcome-pair/1"
+    id: str
+    corpus: str
+    conversation_id: str
+    group: str
+    turns: tuple[Turn, ...]
+    winner: str
+    loser: str
+
+
+class Response(Row):
+    """What a model said to a prompt.
+
+    tokens: the sampled ids, stop token included where finish is "stop"; None for imported texts. logprob: their summed
+    log-probability at temperature 1 under the untruncated distribution. lineage: hash of the model that spoke.
+    """
+
+    format: Literal["response/1"] = "response/1"
+    id: str
+    prompt_id: str
+    n: int
+    text: str
+    finish: Literal["stop", "length", "unknown"]
+    flags: tuple[str, ...] = ()
+    tokens: tuple[int, ...] | None
+    logprob: float | None
+    lineage: str
+    seed: int
+
+
+class Pair(Row):
+    """Two responses to one prompt, to be compared. `pool` says where the prompt came from."""
+
+    format: Literal["pair/1"] = "pair/1"
+    id: str
+    prompt_id: str
+    pool: PoolName
+    a: str
+    b: str
+
+
+class Verdict(Row):
+    """What one source says of one pair, in the pair's own (a, b) order whatever order it was shown in.
+
+    p_a: probability that a is better, None where the source gives none. label "none" is missing data, never a tie.
+    order: how it was shown: "both" when the two orders were combined.
+    """
+
+    format: Literal["verdict/1"] = "verdict/1"
+    pair_id: str
+    source: str
+    order: Literal["ab", "ba", "both"]
+    label: Label
+    p_a: float | None
+    reason: str = ""
+    raw: str = ""
+    template_hash: str = ""
+
+    def swapped(self) -> Verdict:
+        """The verdict on the pair (b, a): label and probability move together."""
+        label: dict[Label, Label] = {"a": "b", "b": "a", "tie": "tie", "none": "none"}
+        order: dict[str, Any] = {"ab": "ba", "ba": "ab", "both": "both"}
+        return self.model_copy(
+            update={
+                "label": label[self.label],
+                "p_a": None if self.p_a is None else 1.0 - self.p_a,
+                "order": order[self.order],
+            }
+        )
+
+
+class Preference(Row):
+    """One training pair of an arm. `on_policy` is False for responses that the arm's start model did not write."""
+
+    format: Literal["preference/1"] = "preference/1"
+    id: str
+    prompt: Prompt
+    chosen: Response
+    rejected: Response
+    sources: tuple[str, ...]
+    weight: float = 1.0
+    on_policy: bool = True
+
+
+RowType = TypeVar("RowType", bound=Row)
+
+
+def content_id(kind: str, *parts: str | int | float) -> str:
+    """A 16-hex-digit id from content: equal content has equal ids on every machine and in every order."""
+    text = "\x1f".join([kind, *map(str, parts)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def turns_key(turns: Iterable[Turn]) -> str:
+    """The text of a context as one string, for ids and for near-duplicate search."""
+    return "\x1e".join(f"{turn.role}\x1d{turn.name or ''}\x1d{turn.text}" for turn in turns)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values have equal bytes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of a JSONL file.
+
+    Raises UserError that names file and line where a line is not UTF-8, not JSON, or not an object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Check the path, or make the file with the stage that writes it.")
+    with path.open("rb") as handle:
+        for number, raw in enumerate(handle, start=1):
+            if not raw.strip():
+                continue
+            try:
+                value = json.loads(raw)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}, line {number}: not valid JSON ({error}). Repair or remove this line, then run again."
+                ) from error
+            if not isinstance(value, dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}.")
+            yield number, value
+
+
+def read_rows(path: Path, kind: type[RowType]) -> Iterator[RowType]:
+    """Yield the typed rows of a file. Raises UserError with file, line and field."""
+    for number, value in read_json_lines(path):
+        try:
+            yield kind.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "row"
+            raise UserError(
+                f"{path}, line {number}: not a valid {kind.__name__} row: {where}: {first['msg']}. "
+                "The file was changed, or made by another version: run the stage that writes it again."
+            ) from error
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write rows as JSONL by rename, so that a reader never sees half a file. Returns how many."""
+    count = 0
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(canonical_json(row.model_dump(mode="json")) + "\n")
+            count += 1
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    return count
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON with sorted keys, by rename. NaN is refused: a number is a number or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=2, allow_nan=False)
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON document. Raises UserError where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

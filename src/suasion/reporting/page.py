@@ -1,0 +1,476 @@
+"""The content of a report, independent of its form: tables, method paragraphs, examples and how to reproduce them.
+
+`build_page` reads the JSON of the stages and returns one dictionary that both templates render, so that the HTML page, the
+Markdown paper and the CSV files cannot disagree.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jinja2
+import yaml
+
+from suasion.evaluation import wording
+from suasion.evaluation.summary import HUMAN, ModelVerdict
+from suasion.recipe import Recipe
+from suasion.records import Example, Response
+from suasion.seeding import derive_seed
+
+Kind = Literal["text", "count", "percent", "threshold", "of", "estimate", "log", "number", "small", "p"]
+Curves = dict[str, list[dict[str, float]]]  # model -> rows of its metrics.jsonl
+
+ROLES = {"user": "to be persuaded", "assistant": "persuader"}
+PARTS = {  # kinds whose values are dictionaries: CSV suffix -> key
+    "estimate": {"": "value", "_low": "low", "_high": "high"},
+    "log": {"": "value", "_low": "low", "_high": "high"},
+    "of": {"": "n", "_of": "asked"},
+}
+REFERENCES = (
+    "Bradley & Terry (1952). Rank analysis of incomplete block designs. Biometrika 39.",
+    "Clopper & Pearson (1934). The use of confidence or fiducial limits. Biometrika 26.",
+    "Dubois et al. (2024). Length-controlled AlpacaEval. arXiv:2404.04475.",
+    "Hesterberg (2015). What teachers should know about the bootstrap. The American Statistician 69.",
+    "Holm (1979). A simple sequentially rejective multiple test procedure. Scand. J. Statistics 6.",
+    "Lee et al. (2023). RLAIF: scaling RL from human feedback with AI feedback. arXiv:2309.00267.",
+    "Rafailov et al. (2023). Direct preference optimization. arXiv:2305.18290.",
+    "Schuirmann (1987). A comparison of the two one-sided tests procedure. J. Pharmacokinet. Biopharm. 15.",
+    "Tan et al. (2016). Winning arguments. arXiv:1602.01103.",
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: key in the rows, heading, and how its values are shown."""
+
+    key: str
+    title: str
+    kind: Kind = "text"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of raw values. `name` is the CSV file's name; estimates are dictionaries with value, low, high and reason."""
+
+    name: str
+    title: str
+    note: str
+    columns: tuple[Column, ...]
+    rows: list[dict[str, Any]]
+
+    def cells(self, row: dict[str, Any]) -> Iterator[tuple[Column, str, str]]:
+        """(column, text, interval text or '') of one row."""
+        for column in self.columns:
+            yield (column, *shown(row.get(column.key), column.kind))
+
+    def reasons(self) -> list[str]:
+        """Why estimates of this table, or their intervals, are missing."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            for column in self.columns:
+                value = row.get(column.key)
+                if isinstance(value, dict) and value.get("reason"):
+                    found.setdefault(f"{column.title}: {value['reason']}", []).append(str(row[self.columns[0].key]))
+        return [f"{reason} ({', '.join(names)})." for reason, names in found.items()]
+
+    def to_csv(self) -> str:
+        """Raw values; an estimate takes three columns, a count of a whole two."""
+        handle = io.StringIO()
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow([c.key + suffix for c in self.columns for suffix in PARTS.get(c.kind, {"": ""})])
+        for row in self.rows:
+            cells: list[Any] = []
+            for column in self.columns:
+                value, parts = row.get(column.key), PARTS.get(column.kind)
+                cells += [(value or {}).get(part) for part in parts.values()] if parts else [value]
+            writer.writerow(["" if cell is None else cell for cell in cells])
+        return handle.getvalue()
+
+
+def shown(value: Any, kind: Kind) -> tuple[str, str]:
+    """A value as (text, interval text)."""
+    if kind in ("estimate", "log"):
+        if value is None:
+            return "–", ""
+        if value["value"] is None:
+            return "cannot say", ""
+        if kind == "estimate":
+            return wording.percent(value["value"]), wording.interval(value["low"], value["high"]) if value[
+                "low"
+            ] is not None else ""
+        bounds = "" if value["low"] is None else f"{value['low']:.2f} to {value['high']:.2f}".replace("-", "−")
+        return f"{value['value']:.2f}".replace("-", "−"), bounds
+    if kind == "of":
+        return f"{value['n']} of {value['asked']}", ""
+    if kind == "threshold":
+        return ("none" if value is None else wording.at_least(value)), ""
+    if value is None or value == "":
+        return "–", ""
+    if isinstance(value, bool):
+        return ("yes" if value else "no"), ""
+    if kind == "percent":
+        return wording.percent(value), ""
+    if kind == "p":
+        return wording.p_value(value).removeprefix("p ").removeprefix("= "), ""
+    if kind in ("number", "small"):
+        return f"{value:.{1 if kind == 'number' else 3}f}".replace("-", "−"), ""
+    return (f"{value:,}" if isinstance(value, int) else str(value)), ""
+
+
+def build_page(
+    summary: dict[str, Any],
+    recipe: Recipe,
+    examples: list[Example],
+    responses: list[Response],
+    verdicts: list[ModelVerdict],
+    lineages: dict[str, str],
+    corpus_counts: Any,
+) -> dict[str, Any]:
+    """Everything that the templates need but figures. lineages: model -> lineage hash, as in evaluate's models.json."""
+    facts = summary["facts"]
+    simulated = recipe.human_labels.source.kind == "simulated"
+    lineages = {name: lineages[name] for name in recipe.model_names() if name in lineages}
+    waiting = [{"model": name, "reason": reason} for name, reason in sorted((facts.get("waiting") or {}).items())]
+    absent = [name for name in recipe.model_names() if name not in lineages and name not in (facts.get("waiting") or {})]
+    waiting += [{"model": name, "reason": "not trained in this run"} for name in absent]
+    return {
+        "title": recipe.report.title,
+        "run": recipe.name,
+        "seed": recipe.seed,
+        "summary": summary,
+        "simulated": simulated,
+        "small": wording.proves_nothing(summary),
+        "headline": summary["headline"],
+        "caveats": summary["caveats"],
+        "waiting": waiting,
+        "tables": _tables(summary, recipe, corpus_counts, lineages, simulated),
+        "method": _method(summary, recipe, simulated),
+        "examples": _examples(summary, recipe, examples, responses, verdicts, lineages),
+        "withheld": 0,
+        "recipe_yaml": yaml.safe_dump(portable(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=100),
+        "references": REFERENCES,
+    }
+
+
+def render(template: str, page: dict[str, Any], **extra: Any) -> str:
+    """A template of this package, filled in. HTML is escaped; Markdown is not, its texts are quoted in the template."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("suasion.reporting"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["pipe"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    environment.filters["quote"] = lambda text: "\n".join(f"> {line}".rstrip() for line in str(text).splitlines())
+    environment.filters["percent"] = wording.percent
+    environment.filters["unbroken"] = _unbroken
+    return environment.get_template(template).render(**page, **extra)
+
+
+def _unbroken(text: str) -> str:
+    """Keep 'p = .03' and '69–83%' on one line."""
+    return re.sub(r"(\d)–(\d)", "\\1\u2060–\u2060\\2", re.sub(r"\bp ([<=]) ", "p\u00a0\\1\u00a0", text))
+
+
+def portable(value: Any) -> Any:
+    """The same value without absolute paths: '/home/x/data/corpus' becomes '.../corpus'."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if isinstance(value, str) and value.startswith("/"):
+        return ".../" + value.rstrip("/").rsplit("/", 1)[-1]
+    return value
+
+
+def _tables(
+    summary: dict[str, Any], recipe: Recipe, corpus_counts: Any, lineages: dict[str, str], simulated: bool
+) -> dict[str, Table]:
+    labels = {model["name"]: model["label"] for model in summary["models"]} | {HUMAN: "human reply"}
+    facts = summary["facts"]
+    level = f"{100 * summary['confidence']:.0f}%"
+    models = [
+        {
+            "model": m["label"],
+            "vs_base": m["win_vs_base"],
+            "vs_sft": m["win_vs_sft"],
+            "vs_human": m["win_vs_human"],
+            "length_controlled": m["length_controlled_vs_base"],
+            "rank_score": m["rank_score"],
+            "strength": m["strength"],
+            "verdict": m["verdict_vs_base"],
+        }
+        for m in summary["models"]
+    ]
+    comparisons = [
+        {
+            "first": labels[c["first"]],
+            "second": labels[c["second"]],
+            "family": c["family"],
+            "win_rate": c,
+            "scored": c,
+            **{key: c[key] for key in ("wins", "ties", "losses", "p", "p_holm", "equivalent", "verdict")},
+        }
+        for c in summary["comparisons"]
+    ]
+    arms = []
+    for arm in recipe.dpo:
+        if arm.name not in lineages:
+            continue
+        known = (facts.get("arms") or {}).get(arm.name) or {}
+        source = "human (simulated)" if arm.labels == "human" and simulated else arm.labels
+        moved = None if known.get("moved") is None else "yes" if known["moved"] else "did not move"
+        arms.append(
+            {
+                "arm": labels.get(arm.name, arm.name),
+                "labels": f"{source}, {arm.pool} pool",
+                "start": arm.start,
+                **known,
+                "moved": moved,
+            }
+        )
+    speakers = [(m["label"], m["text"]) for m in summary["models"]] + [("human reply", summary["human"]["text"])]
+    matrix = summary["matrix"]
+    cells = [
+        {"first": labels[a], "second": labels[b], **{key: matrix[key][i][j] for key in ("rate", "scored", "asked")}}
+        for i, a in enumerate(matrix["names"])
+        for j, b in enumerate(matrix["names"])
+        if i != j
+    ]
+    agreement = [
+        {**row, "a": wording.source_label(row["a"], simulated), "b": wording.source_label(row["b"], simulated)}
+        for row in facts.get("agreement") or []
+    ]
+    label_rows = [
+        {"source": wording.source_label(source, simulated), "what": what, "value": value}
+        for source, known in sorted((facts.get("labels") or {}).items())
+        for what, value in flat(known)
+    ]
+    key_value = (Column("what", "What"), Column("value", "Value"))
+    tables = (
+        Table(
+            "models",
+            "The models",
+            f"Win rates with {level} intervals by conversation, ties as half; the verdict is the Holm-corrected sign test against base. "
+            "Strength: Bradley–Terry, natural log, base at 0. Rank score: mean normalised rank among the models.",
+            (
+                Column("model", "Model"),
+                Column("vs_base", "Against base", "estimate"),
+                Column("verdict", "Verdict"),
+                Column("vs_sft", "Against sft", "estimate"),
+                Column("vs_human", "Against human reply", "estimate"),
+                Column("length_controlled", "Against base, equal length", "estimate"),
+                Column("rank_score", "Rank score", "estimate"),
+                Column("strength", "Strength", "log"),
+            ),
+            models,
+        ),
+        Table(
+            "comparisons",
+            "Every comparison",
+            "Primary comparisons were decided on beforehand and are corrected together (Holm). All others are exploratory: their "
+            f"p-values and verdicts are not corrected. Near even: equivalent within {100 * summary['equivalence_margin']:.0f} points of one "
+            "half (two one-sided tests).",
+            (
+                Column("first", "Model"),
+                Column("second", "Against"),
+                Column("family", "Family"),
+                Column("win_rate", "Win rate", "estimate"),
+                Column("verdict", "Verdict"),
+                Column("wins", "Wins", "count"),
+                Column("ties", "Ties", "count"),
+                Column("losses", "Losses", "count"),
+                Column("scored", "Scored", "of"),
+                Column("p", "p", "p"),
+                Column("p_holm", "p, Holm", "p"),
+                Column("equivalent", "Near even"),
+            ),
+            comparisons,
+        ),
+        Table(
+            "arms",
+            "The trainings",
+            "Margin: mean implicit reward of chosen minus rejected at the end. KL: to the model the arm started from. Changed: share of "
+            "responses that differ from sft's.",
+            (
+                Column("arm", "Arm"),
+                Column("labels", "Labels"),
+                Column("start", "Starts from"),
+                Column("steps", "Steps", "count"),
+                Column("first_loss", "First loss", "small"),
+                Column("margin", "Margin", "small"),
+                Column("kl", "KL", "small"),
+                Column("changed_share", "Changed", "percent"),
+                Column("moved", "Moved"),
+            ),
+            arms,
+        ),
+        Table(
+            "text",
+            "What changed in the text",
+            "Means over responses. Repeated: share of 4-word runs seen before in the response. Distinct: distinct word pairs over all "
+            "word pairs; falls as texts get longer. Copied: share of 3-word runs that stand in the context.",
+            (
+                Column("speaker", "Speaker"),
+                Column("words", "Words", "number"),
+                Column("tokens", "Tokens", "number"),
+                Column("cut_off", "Cut off", "percent"),
+                Column("repetition", "Repeated", "percent"),
+                Column("distinct_2", "Distinct", "percent"),
+                Column("questions", "Questions", "number"),
+                Column("context_overlap", "Copied", "percent"),
+                Column("same_as_sft", "Same as sft", "percent"),
+            ),
+            [{"speaker": name, **text} for name, text in speakers],
+        ),
+        Table(
+            "power",
+            "What this run could detect",
+            f"Smallest true win rate found with {wording.percent(summary['power']['power'])} power by a two-sided sign test, exact binomial. "
+            "Each line adds to the one above.",
+            (Column("assuming", "Assuming"), Column("win_rate", "Smallest true win rate", "threshold")),
+            summary["power"]["detectable"],
+        ),
+        Table(
+            "agreement",
+            "Agreement of label sources",
+            "On pairs that both sources decided.",
+            (
+                Column("a", "Source"),
+                Column("b", "And"),
+                Column("on", "On"),
+                Column("agree", "Agree", "percent"),
+                Column("n", "Pairs", "count"),
+            ),
+            agreement,
+        ),
+        Table("labels", "The labels", "", (Column("source", "Source"), *key_value), label_rows),
+        Table(
+            "grader",
+            "The evaluation grader",
+            "",
+            key_value,
+            [{"what": k, "value": v} for k, v in flat(facts.get("grader") or {})],
+        ),
+        Table(
+            "counts",
+            "The data",
+            "",
+            key_value,
+            [{"what": k, "value": v} for k, v in [*flat({"corpus": corpus_counts}), *flat(facts.get("counts") or {})]],
+        ),
+        Table(
+            "matrix",
+            "Win rate of the first against the second",
+            "",
+            (
+                Column("first", "Model"),
+                Column("second", "Against"),
+                Column("rate", "Win rate", "number"),
+                Column("scored", "Scored", "count"),
+                Column("asked", "Asked", "count"),
+            ),
+            cells,
+        ),
+        Table(
+            "lineage",
+            "Lineages",
+            "",
+            (Column("model", "Model"), Column("lineage", "Hash")),
+            [{"model": labels.get(name, name), "lineage": value} for name, value in lineages.items()],
+        ),
+        Table(
+            "packages",
+            "Package versions",
+            "",
+            (Column("package", "Package"), Column("version", "Version")),
+            [{"package": k, "version": v} for k, v in sorted((facts.get("packages") or {}).items())],
+        ),
+    )
+    return {table.name: table for table in tables}
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested facts as (readable name, value) rows, without absolute paths; lists of plain values are joined."""
+    if isinstance(value, dict):
+        return [row for key, item in value.items() for row in flat(item, f"{prefix}, {key}" if prefix else str(key))]
+    if isinstance(value, list | tuple):
+        if any(isinstance(item, dict | list | tuple) for item in value):
+            return [row for number, item in enumerate(value, start=1) for row in flat(item, f"{prefix}, {number}")]
+        value = ", ".join(map(str, value))
+    return [(prefix.replace("_", " "), portable(value))]
+
+
+def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[str]:
+    """How it was done, in paragraphs."""
+    people = "labels of a simulated annotator, no person," if simulated else "human labels"
+    grader, sample = recipe.ai_labels.grader, recipe.sample
+    corpora = ", ".join(dict.fromkeys(source.kind.upper() for source in recipe.corpus.sources))
+    arms = "; ".join(
+        f"{arm.name} from {arm.start} on {'simulated human' if arm.labels == 'human' and simulated else arm.labels} labels of the "
+        f"{arm.pool} pool{' (the pairs that also have a decisive human label)' if arm.matched else ''}"
+        for arm in recipe.dpo
+    )
+    return [
+        f"Data: {corpora}. Conversations are split into disjoint pools; the evaluation pool is sealed: only the comparison and this report read it.",
+        f"Models: the base model is {portable(recipe.model.base)}. sft learns human replies that persuaded. For every prompt of the rlaif and rlhf "
+        f"pools sft writes two responses; AI labels come from a grader of kind “{grader.kind}”, and {people} cover the rlhf pool. "
+        f"Each arm is a DPO training: {arms}.",
+        f"Comparison: each model writes one response a prompt (temperature {sample.temperature:g}, top-p {sample.top_p:g}, at most "
+        f"{sample.max_new_tokens} tokens, equal random numbers for all). A grader of kind “{recipe.evaluate.grader.kind}” with other training rows judges "
+        "every pair of models and each model against the real human reply, in both orders, which count as one observation. "
+        "Identical responses are ties.",
+        f"Statistics: exact sign test by conversation; Holm over {summary['power']['comparisons']} primary comparisons (each trained model "
+        "against base, and rlaif-matched against rlhf); equivalence by two one-sided tests. Intervals are Clopper–Pearson with ties as half "
+        "wins under 30 conversations and near 0 and 1, which ties make wider than needed; otherwise the expanded percentile bootstrap over "
+        "conversations. Length-controlled rates come from a logistic regression read at equal length.",
+    ]
+
+
+def _examples(
+    summary: dict[str, Any],
+    recipe: Recipe,
+    examples: list[Example],
+    responses: list[Response],
+    verdicts: list[ModelVerdict],
+    lineages: dict[str, str],
+) -> list[dict[str, Any]]:
+    """All models' responses to some prompts that the seed draws, so that nobody picks them."""
+    speaker = {value: name for name, value in lineages.items()}
+    labels = {model["name"]: model["label"] for model in summary["models"]}
+    said: dict[tuple[str, str], Response] = {(speaker[r.lineage], r.prompt_id): r for r in responses if r.lineage in speaker}
+    against_base: dict[tuple[str, str], str] = {}
+    for verdict in verdicts:
+        for model, other, won in ((verdict.first, verdict.second, "a"), (verdict.second, verdict.first, "b")):
+            if other == "base":
+                word = {won: "preferred to base", "tie": "tie with base", "none": "not scored against base"}
+                against_base[model, verdict.prompt_id] = word.get(verdict.label, "base preferred")
+    drawn = sorted(examples, key=lambda example: derive_seed(recipe.seed, "report-examples", example.prompt().id))
+    shown_examples = []
+    for example in drawn[: recipe.report.examples]:
+        key = example.prompt().id
+        shown_examples.append(
+            {
+                "prompt_id": key,
+                "corpus": example.corpus,
+                "turns": [{"who": turn.name or ROLES[turn.role], "text": turn.text} for turn in example.turns],
+                "reply": example.reply,
+                "responses": [
+                    {
+                        "label": labels.get(name, name),
+                        "text": said[name, key].text,
+                        "finish": said[name, key].finish,
+                        "verdict": against_base.get((name, key), ""),
+                    }
+                    for name in lineages
+                    if (name, key) in said
+                ],
+            }
+        )
+    return shown_examples

@@ -1,0 +1,102 @@
+"""The form of a report that may be committed: no contexts, no human replies, no response that repeats the corpus.
+
+`publish` reads a finished run and writes report.md, summary.json, figures and tables. A response that shares a run of 12
+words with any corpus text is withheld and counted, because small models copy; contexts and human replies never leave.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from suasion.errors import UserError
+from suasion.evaluation.metrics import ngrams, words
+from suasion.evaluation.summary import ModelVerdict
+from suasion.recipe import load_recipe
+from suasion.records import Example, Response, read_json, read_rows
+from suasion.reporting.figures import draw_all
+from suasion.reporting.page import build_page, render
+from suasion.reporting.stage import read_curves, write_markdown
+from suasion.rundir import Input
+
+RUN_WORDS = 12
+
+
+def publish(run_path: Path, out_dir: Path, corpus_texts: Iterable[str]) -> int:
+    """Write the committable form of a run's report to out_dir; returns how many of the shown responses were withheld.
+
+    corpus_texts: every text of the corpora, read once and not kept. Raises UserError where a stage is missing, the report is
+    stale, or its own words (a title, a name) repeat the corpus.
+    """
+    evaluate, report, pools, corpus = (_folder(run_path, name) for name in ("evaluate", "report", "pools", "corpus"))
+    summary_bytes = (report / "summary.json").read_bytes()
+    if summary_bytes != (evaluate / "summary.json").read_bytes():
+        raise UserError(
+            f"{report}/summary.json is not the summary of {evaluate.name}: the report is stale. Run again with --redo report."
+        )
+    recipe = load_recipe(run_path / "recipe.yaml")
+    page = build_page(
+        read_json(report / "summary.json"),
+        recipe,
+        list(read_rows(pools / "eval.jsonl", Example)),
+        list(read_rows(evaluate / "responses.jsonl", Response)),
+        list(read_rows(evaluate / "verdicts.jsonl", ModelVerdict)),
+        read_json(evaluate / "models.json")["models"],
+        read_json(corpus / "counts.json"),
+    )
+    own = {
+        "report.md": render("report.md.j2", {**page, "examples": []}, figures={}),
+        "summary.json": summary_bytes.decode(),
+        **{f"{name}.csv": table.to_csv() for name, table in page["tables"].items()},
+    }
+    responses = [response["text"] for example in page["examples"] for response in example["responses"]]
+    wanted = {run for text in (*own.values(), *responses) for run in word_runs(text)}
+    found = {run for text in corpus_texts for run in word_runs(text) if run in wanted}
+    leaking = sorted(name for name, text in own.items() if shares_run(text, found))
+    if leaking:
+        raise UserError(
+            f"{', '.join(leaking)} would repeat {RUN_WORDS} words of the corpus. Take that text out of the recipe's title and names."
+        )
+    metrics = {
+        Input(name, "metrics.jsonl"): path
+        for name in ("sft", *(f"dpo-{arm.name}" for arm in recipe.dpo))
+        for path in run_path.glob(f"[0-9][0-9]-{name}/metrics.jsonl")
+    }
+    drawings = draw_all(page["summary"], read_curves(recipe, metrics))
+    examples, withheld = _without_corpus(page["examples"], found)
+    for name in ("figures", "tables"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_markdown(out_dir, {**page, "examples": examples, "withheld": withheld}, drawings)
+    (out_dir / "summary.json").write_bytes(summary_bytes)
+    return withheld
+
+
+def shares_run(text: str, runs: set[str], n: int = RUN_WORDS) -> bool:
+    """Whether a text holds one of these n-word runs (as `word_runs` writes them), whatever its case, punctuation and line breaks."""
+    return any(run in runs for run in word_runs(text, n))
+
+
+def word_runs(text: str, n: int = RUN_WORDS) -> Iterator[str]:
+    """All runs of n neighbouring words of a text, in lower case with single spaces; none for shorter texts."""
+    return (" ".join(run) for run in ngrams(words(text), n))
+
+
+def _without_corpus(examples: list[dict[str, Any]], found: set[str]) -> tuple[list[dict[str, Any]], int]:
+    """The examples without contexts, replies and copying responses, and how many responses that removed."""
+    kept, withheld = [], 0
+    for example in examples:
+        clean = [response for response in example["responses"] if not shares_run(response["text"], found)]
+        withheld += len(example["responses"]) - len(clean)
+        if clean:
+            kept.append({**example, "turns": [], "reply": None, "responses": clean})
+    return kept, withheld
+
+
+def _folder(run_path: Path, stage: str) -> Path:
+    found = sorted(run_path.glob(f"[0-9][0-9]-{stage}"))
+    if not found or not (found[0] / "manifest.json").is_file():
+        raise UserError(f"{run_path} has no finished stage {stage}. Run the recipe to its end first.")
+    return found[0]

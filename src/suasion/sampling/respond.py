@@ -1,0 +1,192 @@
+"""From prompts and a model to `Response` rows: batches, resampling of unfinished responses, and a journal that survives kill -9.
+
+Batches are planned from the full list of draws, and a batch is journalled as one line when it is done: an interrupted batch is
+redone whole, so that a resumed run computes the same sums in the same batches as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from suasion.chat import Renderer
+from suasion.errors import UserError
+from suasion.models import Compute, Lineage, load_merged
+from suasion.progress import progress
+from suasion.recipe import ModelSection, SampleSection
+from suasion.records import Prompt, Response, content_id
+from suasion.sampling.local import Draw, Drawn, decode, plan_batches
+
+LOOP_SHARE = 0.5  # of word 4-grams that are repetitions
+COPY_WORDS = 20  # words in a row taken over from the context
+
+
+class Journal:
+    """An append-only file with one line a finished batch; a torn last line is dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.done: dict[str, list[dict[str, Any]]] = {}
+        valid = 0
+        if path.is_file():
+            with path.open("rb") as handle:
+                for raw in handle:
+                    try:
+                        line = json.loads(raw)
+                    except json.JSONDecodeError:
+                        break
+                    if not raw.endswith(b"\n"):
+                        break
+                    self.done[line["batch"]] = line["rows"]
+                    valid += len(raw)
+            if valid < path.stat().st_size:
+                os.truncate(path, valid)
+
+    def add(self, batch: str, rows: list[dict[str, Any]]) -> None:
+        """Write one batch and make it durable."""
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"batch": batch, "rows": rows}) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.done[batch] = rows
+
+
+def respond(
+    lineage: Lineage,
+    prompts: Sequence[Prompt],
+    responses_a_prompt: int,
+    settings: SampleSection,
+    model: ModelSection,
+    renderer: Renderer,
+    hardware: Compute,
+    seed: int,
+    journal: Journal,
+    label: str,
+) -> list[Response]:
+    """`responses_a_prompt` responses to every prompt, in the order of the prompts; unfinished ones are drawn again, then flagged.
+
+    Raises UserError where a prompt leaves no room for a response within model.max_length.
+    """
+    ids = {prompt.id: renderer.render(prompt.turns).ids for prompt in prompts}
+    longest = max((len(value) for value in ids.values()), default=0)
+    if longest + settings.max_new_tokens > model.max_length + 64:  # the template may add a few tokens to context_tokens
+        raise UserError(
+            f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed model.max_length {model.max_length}. "
+            "Lower corpus.context_tokens or sample.max_new_tokens, or raise model.max_length."
+        )
+    lineage_hash = lineage.hash
+    texts = {prompt.id: "\n".join(turn.text for turn in prompt.turns) for prompt in prompts}
+    loaded: list[Any] = []  # the model is loaded only where something is left to do
+    best: dict[tuple[str, int], Response] = {}
+    pending = [Draw(prompt.id, ids[prompt.id], n) for prompt in prompts for n in range(responses_a_prompt)]
+    for attempt in range(settings.resample + 1):
+        batches = plan_batches(pending, settings.batch_size)
+        keys = [f"{label}/{lineage_hash}/{attempt}/{number}" for number in range(len(batches))]
+        left = sum(len(batch) for batch, key in zip(batches, keys, strict=True) if key not in journal.done)
+        title = f"{label}" if attempt == 0 else f"{label}, drawn again ({attempt})"
+        with progress(title, len(pending), "responses", len(pending) - left) as advance:
+            for key, batch in zip(keys, batches, strict=True):
+                if key not in journal.done:
+                    if not loaded:
+                        loaded.append(load_merged(lineage, hardware.device))
+                    drawn = decode_within_memory(loaded[0], batch, settings, seed, renderer, hardware)
+                    rows = [
+                        _response(item, renderer, texts[item.draw.prompt_id], lineage_hash).model_dump(mode="json")
+                        for item in drawn
+                    ]
+                    journal.add(key, rows)
+                    advance(len(batch))
+                for row in journal.done[key]:
+                    response = Response.model_validate(row)
+                    best[response.prompt_id, response.n] = response
+        pending = [
+            Draw(prompt.id, ids[prompt.id], n, attempt + 1)
+            for prompt in prompts
+            for n in range(responses_a_prompt)
+            if not is_finished(best[prompt.id, n])
+        ]
+        if not pending:
+            break
+    return [best[prompt.id, n] for prompt in prompts for n in range(responses_a_prompt)]
+
+
+def decode_within_memory(
+    model: Any, batch: list[Draw], settings: SampleSection, seed: int, renderer: Renderer, hardware: Compute
+) -> list[Drawn]:
+    """Decode a batch; out of memory on a GPU halves it and says so."""
+    import torch
+
+    from suasion.progress import console
+
+    try:
+        return decode(model, batch, settings, seed, renderer.stop_id, renderer.tokenizer.pad_token_id, hardware)
+    except torch.cuda.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise UserError(
+                "out of memory on a single response. Lower sample.max_new_tokens or corpus.context_tokens."
+            ) from error
+        torch.cuda.empty_cache()
+        console.print(
+            f"  [yellow]out of memory with {len(batch)} responses at once; halving. Set sample.batch_size to {len(batch) // 2}.[/]"
+        )
+        middle = len(batch) // 2
+        first = decode_within_memory(model, batch[:middle], settings, seed, renderer, hardware)
+        return first + decode_within_memory(model, batch[middle:], settings, seed, renderer, hardware)
+
+
+def is_finished(response: Response) -> bool:
+    """Neither cut off nor empty."""
+    return not {"cut-off", "empty"} & set(response.flags)
+
+
+def flags(text: str, finish: str, context: str) -> tuple[str, ...]:
+    """What is wrong with a response: cut-off, empty, looping, copying."""
+    found = []
+    if finish != "stop":
+        found.append("cut-off")
+    if not text.strip():
+        found.append("empty")
+    if repeated_share(text) > LOOP_SHARE:
+        found.append("looping")
+    if longest_copy(text, context, COPY_WORDS):
+        found.append("copying")
+    return tuple(found)
+
+
+def repeated_share(text: str, n: int = 4) -> float:
+    """Share of word n-grams that occurred before in the text."""
+    words = text.lower().split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def longest_copy(text: str, context: str, words: int) -> bool:
+    """Whether the text takes over a run of this many words from the context."""
+    ours, theirs = text.lower().split(), context.lower().split()
+    known = {tuple(theirs[i : i + words]) for i in range(len(theirs) - words + 1)}
+    return any(tuple(ours[i : i + words]) in known for i in range(len(ours) - words + 1))
+
+
+def count_flags(responses: Iterable[Response]) -> dict[str, int]:
+    """How often each flag occurs."""
+    return dict(sorted(Counter(flag for response in responses for flag in response.flags).items()))
+
+
+def _response(item: Drawn, renderer: Renderer, context: str, lineage_hash: str) -> Response:
+    text = renderer.decode(item.tokens)
+    return Response(
+        id=content_id("response", item.draw.prompt_id, item.draw.n, lineage_hash, " ".join(map(str, item.tokens))),
+        prompt_id=item.draw.prompt_id,
+        n=item.draw.n,
+        text=text,
+        finish="stop" if item.finish == "stop" else "length",
+        flags=flags(text, item.finish, context),
+        tokens=item.tokens,
+        logprob=round(item.logprob, 6),
+        lineage=lineage_hash,
+        seed=item.seed,
+    )

@@ -1,0 +1,68 @@
+"""Stage `sample`: rlaif and rlhf prompts -> two responses each from the SFT model (`responses.jsonl`) and their pairs (`pairs.jsonl`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from suasion.chat import Renderer
+from suasion.models import Lineage, compute, load_tokenizer
+from suasion.records import Pair, PoolName, Prompt, Response, content_id, read_rows, write_rows
+from suasion.rundir import StageContext, StageResult
+from suasion.sampling.respond import Journal, count_flags, is_finished, respond
+
+
+def pairs_of(
+    prompts: list[tuple[PoolName, Prompt]], responses: dict[tuple[str, int], Response], drop_unfinished: bool
+) -> tuple[list[Pair], dict[str, int]]:
+    """One pair a prompt, and what was dropped by reason: identical texts carry no preference, unfinished ones a false one."""
+    pairs, dropped = [], Counter[str]()
+    for pool, prompt in prompts:
+        a, b = responses[prompt.id, 0], responses[prompt.id, 1]
+        if a.text == b.text:
+            dropped["identical responses"] += 1
+        elif drop_unfinished and not (is_finished(a) and is_finished(b)):
+            dropped["cut-off or empty response"] += 1
+        else:
+            pairs.append(Pair(id=content_id("pair", a.id, b.id), prompt_id=prompt.id, pool=pool, a=a.id, b=b.id))
+    return pairs, dict(dropped)
+
+
+def run_stage(stage: StageContext) -> StageResult:
+    """Sample, flag and pair."""
+    recipe = stage.recipe
+    hardware = compute(recipe.model)
+    renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)
+    pools: tuple[PoolName, PoolName] = ("rlaif", "rlhf")
+    prompts = [(pool, prompt) for pool in pools for prompt in read_rows(stage.input("pools", f"{pool}.jsonl"), Prompt)]
+    lineage = Lineage(recipe.model, (stage.input("sft", "adapter"),))
+    journal = Journal(stage.folder / "journal.jsonl")
+    responses = respond(
+        lineage,
+        [prompt for _, prompt in prompts],
+        2,
+        recipe.sample,
+        recipe.model,
+        renderer,
+        hardware,
+        recipe.seed,
+        journal,
+        "sample",
+    )
+    pairs, dropped = pairs_of(prompts, {(row.prompt_id, row.n): row for row in responses}, recipe.sample.unfinished == "drop")
+    write_rows(stage.folder / "responses.jsonl", responses)
+    write_rows(stage.folder / "pairs.jsonl", pairs)
+    journal.path.unlink(missing_ok=True)
+    return StageResult(
+        rows_in=len(prompts),
+        rows_out=len(pairs),
+        dropped=dropped,
+        facts={
+            "lineage": lineage.hash,
+            "template_hash": renderer.template_hash,
+            "responses": len(responses),
+            "flags": count_flags(responses),
+            "at_limit": round(sum(row.finish == "length" for row in responses) / len(responses), 4),
+            "mean_tokens": round(sum(len(row.tokens or ()) for row in responses) / len(responses), 1),
+            "pairs": dict(Counter(pair.pool for pair in pairs)),
+        },
+    )

@@ -1,0 +1,164 @@
+"""What both trainings share: arguments of transformers' Trainer, metrics, progress, checkpoints that survive kill -9.
+
+`metrics.jsonl` gets one line an optimiser step and holds no times, so that equal trainings have equal files. A checkpoint counts
+only once its `complete` mark is there: a process killed while saving leaves a folder without it, which is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from suasion.errors import UserError
+from suasion.models import Compute
+from suasion.recipe import TrainingSection
+from suasion.records import canonical_json
+from suasion.seeding import derive_seed
+
+MARK = "complete"
+KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "epoch")
+
+
+def optimiser_steps(rows: int, section: TrainingSection) -> int:
+    """Optimiser steps of a training on `rows` rows; the last batch of an epoch may be smaller."""
+    return math.ceil(section.epochs * math.ceil(rows / section.batch_size))
+
+
+def arguments(
+    kind: type[TrainingArguments],
+    section: TrainingSection,
+    folder: Path,
+    compute: Compute,
+    rows: int,
+    seed: int,
+    purpose: str,
+    **extra: Any,
+) -> Any:
+    """Trainer arguments of one training; everything that is not a default of the library stands here."""
+    steps = optimiser_steps(rows, section)
+    seed32 = derive_seed(seed, "training", purpose) % 2**31
+    save_every = math.ceil(steps / (section.checkpoints + 1)) if section.checkpoints else 0
+    return kind(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=section.micro_batch_size,
+        gradient_accumulation_steps=section.batch_size // section.micro_batch_size,
+        num_train_epochs=section.epochs,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=section.scheduler,
+        warmup_steps=math.ceil(steps * section.warmup_ratio),
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        optim="adamw_torch",
+        seed=seed32,
+        data_seed=seed32,
+        use_cpu=compute.device == "cpu",
+        bf16=compute.dtype == "bfloat16",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 1,
+        report_to="none" if section.report_to == "none" else [section.report_to],
+        run_name=purpose,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=compute.device == "cuda",
+        **extra,
+    )
+
+
+def train(trainer: Trainer, folder: Path, purpose: str, unit_per_step: int, unit: str) -> list[dict[str, Any]]:
+    """Train, or go on from the newest complete checkpoint; returns the metrics rows. Checkpoints are removed at the end."""
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    metrics = MetricsFile(folder / "metrics.jsonl", keep_until=done)
+    trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
+    trainer.add_callback(_Watch(metrics, purpose, unit_per_step, unit, done))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics.close()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step; incomplete ones are removed."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / MARK).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class MetricsFile:
+    """One JSON object a step. Steps after the checkpoint that is resumed from are dropped: they will be made again."""
+
+    def __init__(self, path: Path, keep_until: int):
+        kept = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # a line torn by a kill is the last one
+            if row["step"] <= keep_until:
+                kept.append(line)
+        self._handle = path.open("w", encoding="utf-8")
+        self._handle.writelines(line + "\n" for line in kept)
+        self._handle.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._handle.write(canonical_json(row) + "\n")
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+
+class _Watch(TrainerCallback):
+    """Writes metrics, moves the bar, marks checkpoints, and stops on a loss that is no number."""
+
+    def __init__(self, metrics: MetricsFile, purpose: str, unit_per_step: int, unit: str, done: int):
+        self.metrics, self.purpose, self.unit_per_step, self.unit, self.done = metrics, purpose, unit_per_step, unit, done
+        self.advance: Callable[[int], None] = lambda count: None
+        self.bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        from suasion.progress import progress
+
+        self.bar = progress(self.purpose, state.max_steps, "steps", self.done)
+        self.advance = self.bar.__enter__()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.__exit__(None, None, None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.advance(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise UserError(
+                f"{self.purpose}: the loss is {logs['loss']} at step {state.global_step}. Lower learning_rate or max_grad_norm, or set "
+                "model.dtype to float32, then run again: it goes on from the last checkpoint."
+            )
+        row = {key: value for key, value in logs.items() if key in KEPT_METRICS or key.startswith("dpo_")}
+        self.metrics.write({"step": state.global_step, **{key.removeprefix("dpo_"): float(value) for key, value in row.items()}})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (newest / MARK).touch()
+        for path in Path(args.output_dir).glob("checkpoint-*"):
+            if path != newest:
+                shutil.rmtree(path)

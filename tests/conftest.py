@@ -1,0 +1,26 @@
+"""Shared fixtures: the tiny random model and its renderer, made once; real data located once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from suasion.recipe import ModelSection
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelSection:
+    """The random two-layer model."""
+    return ModelSection(base="random:tiny", max_length=512)
+
+
+@pytest.fixture(scope="session")
+def renderer(tiny):
+    """Renders with the bundled tokenizer and its chat template."""
+    from suasion.chat import Renderer
+    from suasion.models import load_tokenizer
+
+    return Renderer(load_tokenizer(tiny), tiny.system_prompt)

@@ -1,0 +1,146 @@
+"""The local engine against the model itself: greedy, distribution, random numbers, stop, batches; pitfalls 2, 20, 21."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from suasion.models import Compute, Lineage, load_merged
+from suasion.recipe import SampleSection
+from suasion.sampling.local import Draw, choose, decode, penalise, plan_batches
+from suasion.sampling.respond import Journal, flags, longest_copy, repeated_share
+from suasion.seeding import derive_seed, gumbel
+
+CPU = Compute("cpu", "float32", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return load_merged(Lineage(tiny))
+
+
+def draws(count=6, responses=1):
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(10, 4000, size=4 + 5 * i).tolist()) for i in range(count)]
+    return [Draw(f"p{i}", prompt, n) for i, prompt in enumerate(prompts) for n in range(responses)]
+
+
+def test_batched_greedy_equals_one_by_one(model):
+    settings = SampleSection(temperature=0, max_new_tokens=12)
+    together = decode(model, draws(), settings, 0, stop_id=-1, pad_id=2, hardware=CPU)
+    for drawn in together:
+        ids = torch.tensor([drawn.draw.prompt])
+        reference = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=2
+        )
+        assert drawn.tokens == tuple(reference[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_batch_size_and_order_change_no_token(model, size):
+    settings = SampleSection(temperature=1.0, top_p=0.95, max_new_tokens=8)
+    wanted = {(d.draw.prompt_id, d.draw.n): d for d in decode(model, draws(6, 2), settings, 5, -1, 2, CPU)}
+    for batch in plan_batches(draws(6, 2)[::-1], size):
+        for drawn in decode(model, batch, settings, 5, -1, 2, CPU):
+            other = wanted[drawn.draw.prompt_id, drawn.draw.n]
+            assert drawn.tokens == other.tokens
+            assert drawn.logprob == pytest.approx(other.logprob, abs=1e-3)
+
+
+def test_stored_logprob_is_that_of_a_scoring_pass(model):
+    settings = SampleSection(temperature=0.5, top_p=0.8, max_new_tokens=6)
+    for drawn in decode(model, draws(3, 2), settings, 1, -1, 2, CPU):
+        logits = model(torch.tensor([[*drawn.draw.prompt, *drawn.tokens]])).logits[0].log_softmax(-1)
+        start = len(drawn.draw.prompt) - 1
+        expected = sum(logits[start + i, token].item() for i, token in enumerate(drawn.tokens))
+        assert drawn.logprob == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_row_stops_at_the_stop_token_while_others_go_on(model):
+    settings = SampleSection(temperature=0, max_new_tokens=10)
+    free = decode(model, draws(4), settings, 0, -1, 2, CPU)
+    stop = free[1].tokens[3]
+    stopped = decode(model, draws(4), settings, 0, stop, 2, CPU)
+    for drawn, reference in zip(stopped, free, strict=True):
+        end = reference.tokens.index(stop) + 1 if stop in reference.tokens else 10
+        assert drawn.tokens == reference.tokens[:end]
+        assert drawn.finish == ("stop" if stop in reference.tokens else "length")
+
+
+def test_two_responses_of_a_prompt_differ_and_repeat_exactly(model):
+    settings = SampleSection(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    first = decode(model, draws(2, 2), settings, 9, -1, 2, CPU)
+    assert first == decode(model, draws(2, 2), settings, 9, -1, 2, CPU)
+    assert first[0].tokens != first[1].tokens
+    assert first[0].tokens != decode(model, draws(2, 2), settings, 10, -1, 2, CPU)[0].tokens
+
+
+def many(logits, count, **settings):
+    seeds = np.array([derive_seed(1, "test", i) for i in range(count)], dtype=np.uint64)
+    return choose(torch.as_tensor(logits).expand(count, -1), seeds, 3, **settings).numpy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampled_tokens_follow_the_models_distribution(temperature):
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    expected = (logits.double() / temperature).softmax(0).numpy() * 20000
+    assert chisquare(np.bincount(many(logits, 20000, temperature=temperature, top_p=1.0), minlength=5), expected).pvalue > 1e-3
+
+
+def test_truncated_tokens_follow_the_renormalised_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    expected = logits.double().softmax(0).numpy()[:3]
+    counts = np.bincount(many(logits, 20000, temperature=1.0, top_p=0.9), minlength=5)
+    assert counts[3:].sum() == 0
+    assert chisquare(counts[:3], expected / expected.sum() * 20000).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("top_p", "allowed"), [(0.4, {0}), (0.49, {0}), (0.7, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
+def test_top_p_is_the_smallest_set_that_reaches_it(top_p, allowed):
+    assert set(many(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), 500, temperature=1.0, top_p=top_p).tolist()) == allowed
+
+
+def test_top_k_keeps_the_k_most_likely():
+    assert set(many(torch.tensor([0.1, 0.5, 0.3, 0.1]).log(), 500, temperature=1.0, top_p=1.0, top_k=2).tolist()) == {1, 2}
+
+
+def test_a_flat_distribution_falls_back_to_the_full_sort():
+    assert len(set(many(torch.zeros(3000), 400, temperature=1.0, top_p=0.9).tolist())) > 350
+
+
+def test_noise_belongs_to_the_token_not_to_its_place():
+    seeds = np.array([5, 6], dtype=np.uint64)
+    straight = gumbel(seeds, 2, np.array([[1, 2, 3], [1, 2, 3]]))
+    assert (
+        gumbel(seeds, 2, np.array([[3, 1], [2, 3]])) == [[straight[0, 2], straight[0, 0]], [straight[1, 1], straight[1, 2]]]
+    ).all()
+    assert not np.intersect1d(straight, gumbel(seeds, 3, np.array([[1, 2, 3], [1, 2, 3]]))).size
+
+
+def test_penalty_lowers_tokens_already_said_in_their_row_only():
+    logits = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
+    assert penalise([[0, 1], []], logits, 2.0).tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
+
+
+def test_flags():
+    assert flags("A clear answer.", "stop", "something else") == ()
+    assert flags("", "stop", "x") == ("empty",)
+    assert flags("and so on and so on and so on and so on and so on", "length", "x") == ("cut-off", "looping")
+    context = " ".join(f"w{i}" for i in range(40))
+    assert flags("I say " + " ".join(f"w{i}" for i in range(25)), "stop", context) == ("copying",)
+    assert not longest_copy("w1 w2 w3", context, 20)
+    assert repeated_share("a b c d e f") == 0.0
+
+
+def test_a_torn_journal_loses_only_the_torn_batch(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.add("one", [{"x": 1}])
+    journal.add("two", [{"x": 2}])
+    for cut in range(1, 12):
+        torn = tmp_path / f"torn{cut}.jsonl"
+        torn.write_bytes(path.read_bytes()[:-cut])
+        assert Journal(torn).done == {"one": [{"x": 1}]}
+        again = Journal(torn)
+        again.add("two", [{"x": 2}])
+        assert Journal(torn).done == journal.done

@@ -1,0 +1,253 @@
+"""Pools: exact sizes, disjoint in every way, the same whatever the order of the rows."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from suasion.errors import UserError
+from suasion.pools import apportion, attainable, conversation_hash, eval_seal, link, run_stage, split
+from suasion.recipe import PoolsSection, Recipe
+from suasion.records import Example, OutcomePair, Prompt, Turn, content_id, read_json, read_rows, write_rows
+from suasion.rundir import Input, StageContext
+
+WORDS = [f"{a}{b}" for a in "bcdfghjklmnprstvwz" for b in ("ale", "ime", "ond", "ush", "ark")]
+
+
+def prose(seed: str, count: int = 40) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) for _ in range(count))
+
+
+def example(
+    conversation: str,
+    n: int = 0,
+    corpus: str = "cmv",
+    author: str = "",
+    replied: bool = True,
+    outcome: float = 1.0,
+    text: str = "",
+) -> Example:
+    turns = (Turn(role="user", text=text or prose(f"{corpus}{conversation}")),) + (Turn(role="user", text=f"turn {n}"),) * (n > 0)
+    reply = f"reply {n} {prose(f'{corpus}{conversation}{n}', 12)}" if replied else None
+    return Example(
+        id=content_id("example", corpus, conversation, n),
+        corpus=corpus,
+        conversation_id=conversation,
+        author=author or conversation,
+        turns=turns,
+        reply=reply,
+        outcome=outcome if replied else None,
+    )
+
+
+def pair(row: Example) -> OutcomePair:
+    return OutcomePair(
+        id=content_id("outcome-pair", row.corpus, row.conversation_id),
+        corpus=row.corpus,
+        conversation_id=row.conversation_id,
+        group=row.author,
+        turns=row.turns,
+        winner=row.reply or "yes",
+        loser="no",
+    )
+
+
+def corpus(cmv: int = 120, p4g: int = 40) -> tuple[list[Example], list[OutcomePair]]:
+    """Threads of which a third has no reply, some posters write twice; dialogues of few persuaders, one of whom has many."""
+    rows = [example(f"t{i}", replied=i % 3 > 0, author=f"poster{i // 2 if i % 10 < 2 else i + 1000}") for i in range(cmv)]
+    pairs = [pair(row) for row in rows if row.reply] + [pair(example(f"only-a-pair-{i}")) for i in range(6)]
+    for i in range(p4g):
+        author = "busy" if i % 4 == 0 else f"worker{i}"
+        rows += [example(f"d{i}", n, "p4g", author, outcome=float(i % 2)) for n in range(3)]
+    return rows, pairs
+
+
+COMPONENT_ROWS = corpus()
+COMPONENTS = link(*COMPONENT_ROWS, near_duplicate=0.5)
+SECTION = PoolsSection(sft=30, rlaif=24, rlhf=12, eval=10, judge_conversations=8, rlaif_per_conversation=2)
+
+
+def write_stage(
+    folder: Path, section: PoolsSection, rows: list[Example], pairs: list[OutcomePair], seed: int = 0
+) -> StageContext:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "examples.jsonl", rows)
+    write_rows(folder / "outcome_pairs.jsonl", pairs)
+    out = folder / "pools"
+    out.mkdir(exist_ok=True)
+    recipe = Recipe.model_validate(
+        {
+            "name": "test",
+            "seed": seed,
+            "corpus": {"sources": [{"kind": "cmv"}]},
+            "pools": section.model_dump(),
+            "ai_labels": {"grader": {"kind": "embedding", "train": {"kind": "grader_pairs"}}},
+            "human_labels": {"source": {"kind": "simulated"}},
+            "dpo": [{"name": "rlaif", "labels": "ai", "pool": "rlaif"}],
+            "evaluate": {"grader": {"kind": "ngram", "train": {"kind": "judge_pairs"}}},
+        }
+    )
+    inputs = {Input("corpus", file): folder / file for file in ("examples.jsonl", "outcome_pairs.jsonl")}
+    return StageContext(recipe=recipe, stage="pools", folder=out, inputs=inputs, cache=folder)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.fixed_dictionaries(
+        {
+            "sft": st.one_of(st.integers(1, 30), st.just("rest")),
+            "rlaif": st.integers(1, 24),
+            "rlhf": st.integers(1, 12),
+            "eval": st.integers(1, 12),
+            "judge_conversations": st.integers(0, 10),
+            "rlaif_per_conversation": st.integers(1, 3),
+        }
+    ),
+)
+def test_sizes_are_exact_and_nothing_is_in_two_pools(seed: int, sizes: dict[str, int | str]) -> None:
+    section = PoolsSection.model_validate(sizes)
+    pools = split(COMPONENTS, section, seed)
+    assert pools.lacking(section) == {}
+    for name in ("sft", "rlaif", "rlhf", "eval"):
+        assert sizes[name] in ("rest", len(getattr(pools, name)))
+    keys = {
+        name: {(row.corpus, row.conversation_id) for row in getattr(pools, name)}
+        for name in ("sft", "rlaif", "rlhf", "eval", "judge_pairs")
+    }
+    authors = {
+        name: {(row.corpus, getattr(row, "author", None) or row.group) for row in getattr(pools, name)}
+        for name in ("sft", "rlaif", "rlhf", "eval", "judge_pairs")
+    }
+    for one, other in combinations(keys, 2):
+        assert not keys[one] & keys[other]
+        assert not authors[one] & authors[other]
+    assert len(keys["eval"]) == len(pools.eval)
+    assert len(keys["rlhf"]) == len(pools.rlhf)
+    each = [(row.corpus, row.conversation_id) for row in pools.rlaif]
+    assert max(map(each.count, each)) <= section.rlaif_per_conversation
+    assert all(row.reply for row in [*pools.eval, *pools.sft])
+    assert all((row.outcome or 0) > 0 for row in pools.eval)
+    assert {(row.corpus, row.conversation_id) for row in pools.grader_pairs} <= keys["sft"]
+    assert pools.judge >= section.judge_conversations
+    ids = [row.id for row in [*pools.sft, *pools.eval, *pools.rlaif, *pools.rlhf]]
+    assert len(ids) == len(set(ids))
+
+
+def test_order_of_rows_changes_nothing(tmp_path: Path) -> None:
+    rows, pairs = corpus()
+    written = []
+    for n in range(3):
+        rng = random.Random(n)
+        rng.shuffle(rows)
+        rng.shuffle(pairs)
+        stage = write_stage(tmp_path / str(n), SECTION, rows, pairs)
+        result = run_stage(stage)
+        written.append(({path.name: path.read_bytes() for path in stage.folder.iterdir()}, result.facts))
+    assert written[0] == written[1] == written[2]
+    assert set(written[0][0]) == {
+        *(f"{name}.jsonl" for name in ("sft", "rlaif", "rlhf", "eval", "grader_pairs", "judge_pairs")),
+        "held_out.json",
+    }
+
+
+def test_another_seed_draws_others(tmp_path: Path) -> None:
+    rows, pairs = corpus()
+    seals = {run_stage(write_stage(tmp_path / str(seed), SECTION, rows, pairs, seed)).facts["eval_seal"] for seed in range(3)}
+    assert len(seals) == 3
+
+
+def test_the_seal_and_what_is_held_out(tmp_path: Path) -> None:
+    stage = write_stage(tmp_path, SECTION, *corpus())
+    facts = run_stage(stage).facts
+    sealed = list(read_rows(stage.folder / "eval.jsonl", Example))
+    assert eval_seal(sealed[::-1]) == facts["eval_seal"]
+    assert eval_seal(sealed[1:]) != facts["eval_seal"]
+    changed = sealed[0].model_copy(update={"reply": "another"})
+    assert eval_seal([changed, *sealed[1:]]) != facts["eval_seal"]
+    judge = list(read_rows(stage.folder / "judge_pairs.jsonl", OutcomePair))
+    held = read_json(stage.folder / "held_out.json")["conversation_hashes"]
+    assert held == sorted({conversation_hash(row.conversation_id) for row in [*sealed, *judge]})
+    assert list(read_rows(stage.folder / "rlhf.jsonl", Prompt))
+
+
+def test_pools_take_each_corpus_by_its_share() -> None:
+    pools = split(COMPONENTS, SECTION, 1)
+    replied = {"cmv": 80, "p4g": 20}  # conversations with a reply that persuaded
+    assert [row.corpus for row in pools.eval].count("cmv") == apportion(10, Counter(replied))["cmv"]
+    assert {row.corpus for row in pools.rlhf} == {"cmv", "p4g"}
+
+
+def test_many_dialogues_of_one_persuader_go_to_sft() -> None:
+    pools = split(COMPONENTS, SECTION, 2)
+    small = [*pools.eval, *pools.rlaif, *pools.rlhf]
+    assert not any(row.author == "busy" for row in small)
+    assert any(row.author == "busy" for row in split(COMPONENTS, PoolsSection(sft="rest", rlaif=4, rlhf=4, eval=4), 2).sft)
+
+
+def test_bare_posts_become_prompts_before_anything_else() -> None:
+    pools = split(COMPONENTS, PoolsSection(sft=10, rlaif=10, rlhf=5, eval=5), 3)
+    bare = {row.conversation_id for row in COMPONENT_ROWS[0] if row.reply is None}
+    assert all(row.conversation_id in bare for row in [*pools.rlaif, *pools.rlhf] if row.corpus == "cmv")
+
+
+def test_near_duplicates_are_linked_and_chance_likeness_is_not() -> None:
+    text = prose("the same", 100)
+    altered = " ".join(text.split()[:90] + prose("other end", 10).split())
+    rows = [example("a", text=text), example("b", text=altered), example("c", text=prose("else", 100))]
+    rows += [example("d", text="Hello, how are you today, my friend?"), example("e", text="Hello, how are you today, my friend?")]
+    together = [[conversation.key[1] for conversation in component.conversations] for component in link(rows, [], 0.5)]
+    assert together == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert len(link(rows, [], 0.99)) == 5
+
+
+def test_links_are_followed_through() -> None:
+    rows = [
+        example("a", author="x"),
+        example("b", author="x"),
+        example("b", 1, author="x"),
+        example("c", author="y"),
+        example("c", corpus="p4g", author="x"),
+    ]
+    assert [len(component.conversations) for component in link(rows, [], 0.5)] == [2, 1, 1]
+
+
+def test_too_large_pools_say_by_how_much_and_what_fits(tmp_path: Path) -> None:
+    rows, pairs = corpus()
+    section = PoolsSection(sft=30, rlaif=400, rlhf=50, eval=40, judge_conversations=8)
+    with pytest.raises(UserError, match=r"pools\.rlaif needs 400 but \d+ can be had \(\d+ too few\)") as raised:
+        run_stage(write_stage(tmp_path, section, rows, pairs))
+    sizes = attainable(section, rows, pairs, seed=0)
+    assert f"--set pools.rlaif={sizes['rlaif']}" in str(raised.value)
+    assert 0 < sizes["rlaif"] < 400
+    run_stage(write_stage(tmp_path, section.model_copy(update=sizes), rows, pairs))
+    assert not (tmp_path / "pools" / "sft.jsonl.tmp").exists()
+
+
+def test_attainable_is_the_recipe_where_it_fits_and_nothing_where_nothing_does() -> None:
+    rows, pairs = corpus()
+    assert attainable(SECTION, rows, pairs, 0) == {"sft": 30, "rlaif": 24, "rlhf": 12, "eval": 10, "judge_conversations": 8}
+    rest = attainable(SECTION.model_copy(update={"sft": "rest"}), rows, pairs, 0)
+    assert rest["sft"] > 30
+    assert rest["rlaif"] == 24
+    assert set(attainable(SECTION, rows[:2], [], 0).values()) == {0}
+
+
+def test_apportion() -> None:
+    assert apportion(10, Counter(a=1, b=1, c=1)) == {"a": 4, "b": 3, "c": 3}
+    assert apportion(3, Counter(a=90, b=10)) == {"a": 3, "b": 0}
+    assert apportion(5, Counter()) == {}
+
+
+@given(st.integers(0, 500), st.dictionaries(st.text("ab", min_size=1, max_size=3), st.integers(1, 50), min_size=1))
+def test_apportion_adds_up(total: int, weights: dict[str, int]) -> None:
+    seats = apportion(total, Counter(weights))
+    assert sum(seats.values()) == total
+    assert all(abs(seats[name] - total * weights[name] / sum(weights.values())) < 1 for name in weights)

@@ -1,0 +1,127 @@
+"""The shared-prefix pass equals separate sequences, in values and gradients; losses by hand; pitfalls 10, 13, 16, 17."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from suasion.training.losses import preference_loss, zero_margin_loss
+from suasion.training.prefix import pack, reply_logits, sum_logprobs, token_kl
+
+ids = st.lists(st.integers(0, 49), min_size=1, max_size=9)
+groups = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=3)), min_size=1, max_size=3)
+
+
+def small_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        attn_implementation="sdpa", initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    for module in model.modules():
+        if module.__class__.__name__ == "LlamaRMSNorm":  # the library's computes in fp32 whatever the weights are
+            module.forward = lambda x, m=module: m.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon)
+    return model
+
+
+MODEL = small_model()
+
+
+def plain_logprob(model, prompt, reply):
+    """The textbook computation: one sequence, full logits."""
+    sequence = torch.tensor([[*prompt, *reply]])
+    logits = model(input_ids=sequence).logits[0].double().log_softmax(-1)
+    return sum(logits[len(prompt) + i - 1, token] for i, token in enumerate(reply))
+
+
+def shared(model, packed):
+    logits = model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        attention_mask=packed.attention_mask,
+        logits_to_keep=packed.predict_at,
+        use_cache=False,
+    ).logits[0]
+    return sum_logprobs(logits, packed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(groups)
+def test_shared_prefix_equals_separate_sequences_in_float64(parts):
+    ours = shared(MODEL, pack(parts))
+    theirs = torch.stack([plain_logprob(MODEL, prompt, reply) for prompt, replies in parts for reply in replies])
+    assert (ours - theirs).abs().max() < 1e-9
+
+
+def test_gradients_flow_through_the_shared_prompt_exactly():
+    parts = [([1, 2, 3, 4], [[5, 6, 7], [8, 9]]), ([10, 11], [[12], [13, 14, 15, 16]])]
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    gradients = []
+    for ours in (True, False):
+        MODEL.zero_grad()
+        values = (
+            shared(MODEL, pack(parts))
+            if ours
+            else torch.stack([plain_logprob(MODEL, p, r) for p, replies in parts for r in replies])
+        )
+        (values * weights).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in MODEL.named_parameters()})
+    for name in gradients[0]:
+        assert (gradients[0][name] - gradients[1][name]).abs().max() < 1e-9, name
+
+
+def test_replies_cannot_see_each_other_or_another_pair():
+    base = shared(MODEL, pack([([1, 2], [[3, 4], [5, 6]]), ([7], [[8], [9]])]))
+    changed = shared(MODEL, pack([([1, 2], [[3, 4], [40, 41]]), ([7], [[8], [42]])]))
+    assert torch.equal(base[[0, 2]], changed[[0, 2]])
+    assert (base[[1, 3]] != changed[[1, 3]]).all()
+
+
+@pytest.mark.parametrize("bad", [[([], [[1]])], [([1], [[]])]])
+def test_nothing_to_score_is_an_error(bad):
+    with pytest.raises(ValueError, match="without tokens"):
+        pack(bad)
+
+
+def test_logits_are_computed_in_fp32_and_only_where_needed():
+    packed = pack([([1, 2, 3], [[4, 5], [6]])])
+    model = LlamaForCausalLM(MODEL.config).to(torch.bfloat16).eval()
+    logits = reply_logits(model, packed)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (3, 50)
+
+
+def test_log_probabilities_are_sums():
+    logits = torch.zeros(5, 7)
+    packed = pack([([1], [[1, 2, 3], [4, 5]])])
+    assert torch.allclose(sum_logprobs(logits, packed), torch.tensor([-3 * math.log(7), -2 * math.log(7)]))
+
+
+def test_kl_of_equal_distributions_is_zero_and_else_as_by_hand():
+    p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
+    assert token_kl(p.log(), p.log()).item() == pytest.approx(0, abs=1e-7)
+    assert token_kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), abs=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.0), ("ipo", 0.0), ("robust", 0.2)])
+def test_zero_margin_value(loss, smoothing):
+    assert preference_loss(torch.zeros(3), loss, 0.1, smoothing).tolist() == pytest.approx(
+        [zero_margin_loss(loss, 0.1)] * 3, rel=1e-6
+    )
+
+
+def test_losses_by_hand():
+    h, beta = 2.0, 0.5
+    margins = torch.tensor([h], dtype=torch.float64)
+    sigmoid = math.log(1 + math.exp(-beta * h))
+    flipped = math.log(1 + math.exp(beta * h))
+    assert preference_loss(margins, "sigmoid", beta).item() == pytest.approx(sigmoid)
+    assert preference_loss(margins, "ipo", beta).item() == pytest.approx((h - 1.0) ** 2)
+    assert preference_loss(margins, "robust", beta, 0.1).item() == pytest.approx((0.9 * sigmoid - 0.1 * flipped) / 0.8)
+    # A label flipped with probability e gives the clean loss in expectation: that is what "robust" means.
+    both = 0.9 * preference_loss(margins, "robust", beta, 0.1) + 0.1 * preference_loss(-margins, "robust", beta, 0.1)
+    assert both.item() == pytest.approx(sigmoid)

@@ -1,0 +1,128 @@
+"""Recipes: every shipped one loads, every field is read somewhere, and what is wrong is named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from suasion import recipe as recipe_module
+from suasion.errors import UsageError
+from suasion.recipe import Recipe, Section, dump_recipe, load_recipe, validate_recipe
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+SOURCES = [path.read_text() for path in (REPOSITORY / "src").rglob("*.py") if path.name != "recipe.py"]
+SECTIONS = [kind for kind in vars(recipe_module).values() if isinstance(kind, type) and issubclass(kind, Section) and kind is not Section]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_its_resolved_copy_is_equal(path):
+    loaded = load_recipe(path)
+    assert validate_recipe(yaml.safe_load(dump_recipe(loaded)), "copy") == loaded
+    assert loaded.name == path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_arm_takes_at_least_twelve_optimiser_steps(path):
+    from suasion.training.loop import optimiser_steps
+
+    loaded = load_recipe(path)
+    for arm in loaded.dpo:
+        kept = int(getattr(loaded.pools, arm.pool) * 0.7)  # some pairs are dropped: ties, cut-off responses
+        assert optimiser_steps(kept, arm) >= 12, arm.name
+
+
+@pytest.mark.parametrize("kind", SECTIONS, ids=lambda kind: kind.__name__)
+def test_every_field_is_documented_and_read_somewhere(kind):
+    own = Path(recipe_module.__file__).read_text()
+    for name, field in kind.model_fields.items():
+        assert field.description or name == "kind", f"{kind.__name__}.{name} has no description"
+        read = any(f".{name}" in source or f'"{name}"' in source for source in SOURCES) or f".{name}" in own
+        assert read, f"{kind.__name__}.{name} is read nowhere"
+
+
+@pytest.fixture
+def data():
+    return yaml.safe_load(dump_recipe(load_recipe(REPOSITORY / "recipes" / "tiny.yaml")))
+
+
+def refused(data) -> str:
+    with pytest.raises(UsageError) as error:
+        validate_recipe(data, "test")
+    return str(error.value)
+
+
+def test_an_unknown_key_names_the_nearest_known_one(data):
+    data["sft"]["learning_rte"] = 1
+    assert "sft.learning_rte: unknown key, did you mean 'learning_rate'?" in refused(data)
+    data["dpo"][0]["betta"] = 1
+    assert "dpo.0.betta: unknown key, did you mean 'beta'?" in refused(data)
+
+
+def test_an_unknown_key_of_a_grader_is_found(data):
+    data["evaluate"]["grader"]["rigde"] = 1
+    assert "did you mean 'ridge'?" in refused(data)
+
+
+def test_replies_longer_than_responses_are_refused(data):
+    data["corpus"]["reply_tokens"] = [10, 500]
+    assert "could not" not in refused(data)
+    assert "the model would learn replies that it cannot finish" in refused(data)
+
+
+def test_lengths_that_exceed_the_sequence_are_refused(data):
+    data["model"]["max_length"] = 300
+    assert "raise it to at least" in refused(data)
+
+
+def test_one_grader_may_not_label_and_judge(data):
+    data["evaluate"]["grader"] = data["ai_labels"]["grader"]
+    assert "must differ" in refused(data)
+    data["evaluate"]["allow_same_grader"] = True
+    validate_recipe(data, "test")
+
+
+def test_an_arm_must_start_from_an_earlier_model(data):
+    data["dpo"][0]["start"] = "rlhf"
+    assert "is not sft or an earlier arm" in refused(data)
+
+
+def test_people_label_only_their_pool(data):
+    data["dpo"][1]["pool"] = "rlaif"
+    assert "people label the rlhf pool only" in refused(data)
+
+
+def test_micro_batches_must_divide_the_batch(data):
+    data["sft"]["micro_batch_size"] = 3
+    assert "must divide" in refused(data)
+
+
+def test_overrides_reach_sections_arms_and_lists():
+    loaded = load_recipe(
+        REPOSITORY / "recipes" / "tiny.yaml", ("seed=9", "dpo.rlhf.beta=0.3", "corpus.sources.0.max_per_conversation=1", "sft.lora.r=2")
+    )
+    assert (loaded.seed, loaded.arm("rlhf").beta, loaded.corpus.sources[0].max_per_conversation, loaded.sft.lora.r) == (9, 0.3, 1, 2)
+
+
+@pytest.mark.parametrize("bad", ["seed", "dpo.nobody.beta=1", "seed.x=1", "sft.learning_rte=1"])
+def test_a_wrong_override_is_wrong_use(bad):
+    with pytest.raises(UsageError):
+        load_recipe(REPOSITORY / "recipes" / "tiny.yaml", (bad,))
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path, data):
+    data["corpus"]["sources"] = [{"kind": "p4g", "path": "corpus"}]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(data))
+    assert load_recipe(tmp_path / "own.yaml").corpus.sources[0].path == str(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "a: [", "name: 'x\n"])
+def test_files_that_are_no_recipe_are_refused(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UsageError):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_models_are_named_in_table_order():
+    assert load_recipe(REPOSITORY / "recipes" / "tiny.yaml").model_names() == ["base", "sft", "rlaif", "rlhf", "rlaif-rlhf", "rlaif-matched"]
+    assert Recipe.model_fields["dpo"].is_required()

@@ -1,0 +1,311 @@
+"""The report: deterministic, self-contained, escaped, accessible, and free of the corpus where it is published."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+from test_summary import FACTS, MODELS, STRENGTH, make_prompts, make_recipe, make_responses, make_verdicts
+
+from suasion.errors import UserError
+from suasion.evaluation.summary import HUMAN, summarise
+from suasion.recipe import dump_recipe
+from suasion.records import content_id, write_json, write_rows
+from suasion.reporting import page as pages
+from suasion.reporting.publish import publish, shares_run, word_runs
+from suasion.reporting.stage import run_stage
+from suasion.reporting.terminal import print_summary
+from suasion.rundir import Input, StageContext
+
+HOSTILE = "<script>alert('x')</script> | a pipe\n# and a heading {{ 7 * 7 }} & <b>bold</b>"
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+def make_run(
+    root: Path, n: int = 40, models: tuple[str, ...] = MODELS, facts: dict | None = None, hostile: bool = True
+) -> StageContext:
+    """A run directory as the stages leave it, from synthetic rows."""
+    recipe, prompts = make_recipe(), make_prompts(n)
+    responses = make_responses(prompts, models)
+    if hostile:
+        for key, response in responses["base"].items():
+            responses["base"][key] = response.model_copy(update={"text": HOSTILE})
+    verdicts = make_verdicts(prompts, {name: STRENGTH[name] for name in (*models, HUMAN)}, 0.1, 0.02)
+    summary = summarise(recipe, prompts, responses, verdicts, FACTS if facts is None else facts)
+    folders = {"corpus": "01-corpus", "pools": "02-pools", "sft": "03-sft", "evaluate": "09-evaluate", "report": "10-report"}
+    folders |= {f"dpo-{name}": f"08-dpo-{name}" for name in models if name not in ("base", "sft")}
+    for folder in folders.values():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        write_json(root / folder / "manifest.json", {})
+    evaluate = root / "09-evaluate"
+    write_json(evaluate / "summary.json", summary)
+    write_json(evaluate / "models.json", {"models": {name: content_id("lineage", name) for name in models}})
+    write_rows(evaluate / "responses.jsonl", [r for by_prompt in responses.values() for r in by_prompt.values()])
+    write_rows(evaluate / "verdicts.jsonl", verdicts)
+    write_rows(root / "02-pools" / "eval.jsonl", prompts)
+    write_json(
+        root / "01-corpus" / "counts.json", {"kept": 900, "dropped": {"reply too long": 12}, "source": "/data/secret-machine/cmv"}
+    )
+    steps = range(12)
+    (root / "03-sft" / "metrics.jsonl").write_text("\n".join(json.dumps({"step": i, "loss": 3 - i / 10}) for i in steps) + "\n")
+    for name in models[2:]:
+        rows = [
+            {"step": i, "loss": 0.69, "margin": i / 50, "accuracy": 0.6, "chosen_logp": -9 - i, "rejected_logp": -9 - 2 * i}
+            for i in steps
+        ]
+        rows[3]["kl"] = 0.01
+        (root / f"08-dpo-{name}" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (root / "recipe.yaml").write_text(dump_recipe(recipe))
+    files = [("evaluate", f) for f in ("summary.json", "responses.jsonl", "verdicts.jsonl", "models.json")]
+    files += [("pools", "eval.jsonl"), ("corpus", "counts.json")]
+    files += [(stage, "metrics.jsonl") for stage in folders if stage == "sft" or stage.startswith("dpo-")]
+    inputs = {Input(stage, file): root / folders[stage] / file for stage, file in files}
+    return StageContext(recipe, "report", root / "10-report", inputs, root)
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask of the page, and fails on unbalanced tags."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: list[int] = []
+        self.feed(text)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if re.fullmatch(r"h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, str]:
+    root = tmp_path_factory.mktemp("run")
+    stage = make_run(root, 115)
+    start = time.perf_counter()
+    run_stage(stage)
+    assert time.perf_counter() - start < 20  # 115 prompts x 6 models on 2 cores
+    return root, (stage.folder / "index.html").read_text()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_equal_bytes_every_time_and_elsewhere(run, tmp_path):
+    first, stage = run[0] / "10-report", make_run(tmp_path, 115)
+    run_stage(stage)
+    assert files(stage.folder) == files(first)
+
+
+def test_files_of_the_contract(run):
+    written = files(run[0] / "10-report")
+    assert written["summary.json"] == (run[0] / "09-evaluate" / "summary.json").read_bytes()
+    for name in (
+        "index.html",
+        "report.md",
+        "figures/forest.svg",
+        "figures/forest.png",
+        "figures/matrix.svg",
+        "tables/models.csv",
+    ):
+        assert name in written
+    assert {
+        "figures/curve-sft-loss.svg",
+        "figures/curve-margin.svg",
+        "figures/curve-logp.svg",
+        "figures/text-words.svg",
+    } <= written.keys()
+    for name, content in written.items():
+        assert not re.search(rb"secret-machine|/tmp/", content), name
+        assert not re.search(rb"\bnan\b|\bNone\b|Infinity", content) or name.endswith(".png"), name
+
+
+def test_page_is_self_contained_and_escaped(run):
+    text = run[1]
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "{{ 7 * 7 }}" in text
+    assert "<b>bold" not in text
+    for name, attributes in Page(text).tags:
+        for key in ("src", "href", "xlink:href", "srcset", "action"):
+            value = attributes.get(key)
+            assert value is None or value.startswith(("#", "data:,")), (name, value)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert "prefers-color-scheme:dark" in text
+    assert "@media print" in text
+
+
+def test_page_is_accessible(run):
+    parsed = Page(run[1])
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for name, attributes in parsed.tags:
+        if name == "th":
+            assert attributes.get("scope") in ("col", "row")
+        if name == "svg":
+            assert attributes["role"] == "img"
+            assert set(attributes["aria-labelledby"].split()) <= set(ids)
+        if name == "a":
+            assert attributes["href"][1:] in ids
+        if name == "section":
+            assert attributes["aria-labelledby"] in ids
+    assert parsed.headings[0] == 1
+    assert parsed.headings.count(1) == 1
+    assert all(later - earlier <= 2 for earlier, later in zip(parsed.headings, parsed.headings[1:], strict=False))
+    assert ("html", {"lang": "en"}) in parsed.tags
+
+
+def test_every_colour_of_an_inline_figure_is_a_variable(run):
+    """Dark mode: an unmapped ink would be invisible; only heat map cells keep their own colours."""
+    figures = re.findall(r'<figure class="figure" id="figure-(.+?)">(.*?)</figure>', run[1], re.DOTALL)
+    assert len(figures) >= 10
+    for name, svg in figures:
+        if name != "matrix":
+            assert not re.findall(r"#[0-9a-f]{6}", svg), name
+
+
+def test_simulated_stands_in_every_table_and_figure_with_such_a_model(run):
+    root, _ = run
+    for path in [*(root / "10-report" / "tables").glob("*.csv"), *(root / "10-report" / "figures").glob("*.svg")]:
+        text = path.read_text()
+        for line in re.findall(r"[^\n<>,]*\brlhf\b[^\n<>,]*", text):
+            bare = re.sub(r"rlhf (pool|pairs)|pools, rlhf", "", line)
+            assert not re.search(r"(?<![\w-])(rlaif-)?rlhf(?! \(simulated\))", bare) or path.name == "counts.csv", (
+                path.name,
+                line,
+            )
+    assert "Human labels are simulated" in run[1]
+
+
+def test_markdown_renders_with_whole_tables_and_existing_figures(run):
+    root, _ = run
+    text = (root / "10-report" / "report.md").read_text()
+    html = MarkdownIt("commonmark").enable("table").render(text)
+    summary = json.loads((root / "10-report" / "summary.json").read_text())
+    assert html.count("<table>") >= 8
+    assert "| ---" not in html
+    assert html.count("<tr>") >= len(summary["comparisons"]) + len(summary["models"])
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (root / "10-report" / target).is_file()
+    for sentence in summary["headline"] + summary["caveats"]:
+        assert sentence in text
+
+
+def test_tables_hold_the_numbers_of_the_summary(run):
+    root, _ = run
+    summary = json.loads((root / "10-report" / "summary.json").read_text())
+    rows = list(csv.DictReader(io.StringIO((root / "10-report" / "tables" / "comparisons.csv").read_text())))
+    assert len(rows) == len(summary["comparisons"])
+    for row, comparison in zip(rows, summary["comparisons"], strict=True):
+        assert float(row["win_rate"]) == comparison["value"]
+        assert float(row["win_rate_low"]) == comparison["low"]
+        assert (int(row["scored"]), int(row["scored_of"])) == (comparison["n"], comparison["asked"])
+        assert row["verdict"] == comparison["verdict"]
+
+
+def test_missing_arms_and_facts_are_named_not_drawn(tmp_path):
+    stage = make_run(tmp_path, 12, ("base", "sft", "rlaif"), {"waiting": {"rlhf": "48 human labels are missing"}})
+    run_stage(stage)
+    text = (stage.folder / "index.html").read_text()
+    Page(text)
+    assert "48 human labels are missing" in text
+    assert "proves nothing" in text
+    assert "<strong>rlaif-matched</strong>: not trained in this run" in text
+    assert "The evaluation grader: not recorded in this run" in text
+    assert not (stage.folder / "tables" / "agreement.csv").exists()
+
+
+@pytest.mark.parametrize("models", [("base",), ("base", "sft")])
+def test_the_smallest_runs_render(tmp_path, models):
+    stage = make_run(tmp_path, 1, models, {})
+    run_stage(stage)
+    Page((stage.folder / "index.html").read_text())
+
+
+def test_terminal_table_carries_the_warning():
+    prompts = make_prompts(12)
+    summary = summarise(make_recipe(), prompts, make_responses(prompts), make_verdicts(prompts, STRENGTH), FACTS)
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_summary(summary, console)
+    text = " ".join(console.export_text().split())
+    assert text.count("A run of this size proves nothing") == 1
+    assert "rlhf (simulated)" in text
+    assert "(" in text
+
+
+def test_shares_run_sees_through_case_and_punctuation():
+    source = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    runs = set(word_runs(source))
+    assert len(runs) == 2
+    assert shares_run("He said: ONE, two\nthree - four 'five' six seven; eight nine ten (eleven) twelve.", runs)
+    assert not shares_run("one two three four five six seven eight nine ten eleven", runs)
+    assert not shares_run("one two three four five six SEVEN-and eight nine ten eleven twelve", runs)
+    assert shares_run("three four", set(word_runs(source, 2)), 2)
+
+
+def test_published_form_holds_nothing_of_the_corpus(tmp_path):
+    stage = make_run(tmp_path / "run", 8, hostile=False)
+    recipe = stage.recipe
+    copied = "the stranger on the ferry told me that every harbour keeps two clocks and trusts neither"
+    path = tmp_path / "run" / "09-evaluate" / "responses.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lineage = content_id("lineage", "sft")
+    for row in rows:
+        row["text"] = f"Well, {copied.upper()}!" if row["lineage"] == lineage else f"fresh words {row['id']}"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    shutil.copy(path.with_name("summary.json"), stage.folder)
+    prompts = make_prompts(8)
+    corpus = [copied, *(turn.text for p in prompts for turn in p.turns), *(p.reply for p in prompts)]
+    out = tmp_path / "docs" / "results" / "demo"
+    assert publish(tmp_path / "run", out, iter(corpus)) == recipe.report.examples
+    runs = {found for text in corpus for found in word_runs(text)}
+    for name, content in files(out).items():
+        if not name.endswith(".png"):
+            assert not shares_run(content.decode(), runs), name
+            assert b"secret-machine" not in content
+    text = (out / "report.md").read_text()
+    assert f"{recipe.report.examples} of the shown" in text
+    assert "fresh words" in text
+    assert "human reply**" not in text
+    assert {"summary.json", "report.md", "figures/forest.png", "tables/models.csv"} <= files(out).keys()
+    assert "index.html" not in files(out)
+
+
+def test_publish_refuses_a_stale_or_leaking_report(tmp_path):
+    stage = make_run(tmp_path / "run", 4)
+    with pytest.raises(UserError, match="no finished stage"):
+        publish(tmp_path / "nowhere", tmp_path / "out", [])
+    shutil.copy(tmp_path / "run" / "09-evaluate" / "summary.json", stage.folder)
+    method = pages.render("report.md.j2", {**_page(stage), "examples": []}, figures={})
+    with pytest.raises(UserError, match=r"report\.md.* would repeat 12 words"):
+        publish(tmp_path / "run", tmp_path / "out", [method[500:900]])
+    assert not (tmp_path / "out").exists()
+    (stage.folder / "summary.json").write_text("{}\n")
+    with pytest.raises(UserError, match="stale"):
+        publish(tmp_path / "run", tmp_path / "out", [])
+
+
+def _page(stage: StageContext) -> dict:
+    summary = json.loads((stage.folder / "summary.json").read_text())
+    return pages.build_page(summary, stage.recipe, make_prompts(4), [], [], {}, {})

@@ -1,0 +1,334 @@
+"""The summary of a run: made from synthetic rows whose right answer is known, and from degenerate ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from suasion.evaluation import metrics, wording
+from suasion.evaluation.summary import HUMAN, ModelVerdict, primary_pairs, simulated_models, summarise
+from suasion.recipe import Recipe, validate_recipe
+from suasion.records import Example, Response, Turn, canonical_json, content_id
+from suasion.seeding import generator
+
+MODELS = ("base", "sft", "rlaif", "rlhf", "rlaif-rlhf", "rlaif-matched")
+OPENINGS = ("I think", "It seems to me that", "Most people assume", "My family always said", "Honestly,", "For years I believed")
+TOPICS = ("city buses", "night shifts", "school uniforms", "office plants", "second-hand phones", "morning runs", "paper maps")
+CLAIMS = (
+    "cost more than they give",
+    "are worth defending",
+    "should be left to local councils",
+    "only help those who need it least",
+)
+REASONS = (
+    "the people who pay for it never see the benefit",
+    "a neighbour of mine tried it for a year and came back to the old way",
+    "nobody has counted what it does to the small shops on the same street",
+    "it sounds fair until you look at who has the time for it",
+    "the rule was written for a world that no longer exists",
+)
+
+
+def make_recipe(**evaluate: object) -> Recipe:
+    """All four arms, simulated people, two graders."""
+    embedding = {"kind": "embedding", "train": {"kind": "grader_pairs"}}
+    ngram = {"kind": "ngram", "train": {"kind": "judge_pairs"}}
+    return validate_recipe(
+        {
+            "name": "synthetic",
+            "seed": 3,
+            "corpus": {"sources": [{"kind": "cmv", "path": "/data/secret-machine/winning-args-corpus"}]},
+            "ai_labels": {"grader": embedding},
+            "human_labels": {"source": {"kind": "simulated"}},
+            "dpo": [
+                {"name": "rlaif", "labels": "ai", "pool": "rlaif"},
+                {"name": "rlhf", "labels": "human", "pool": "rlhf"},
+                {"name": "rlaif-rlhf", "start": "rlaif", "labels": "human", "pool": "rlhf"},
+                {"name": "rlaif-matched", "labels": "ai", "pool": "rlhf", "matched": True},
+            ],
+            "evaluate": {"grader": ngram, "bootstrap": 200, **evaluate},
+        },
+        "synthetic recipe",
+    )
+
+
+def sentence(rng: np.random.Generator) -> str:
+    """One made-up sentence."""
+    return f"{rng.choice(OPENINGS)} {rng.choice(TOPICS)} {rng.choice(CLAIMS)}, because {rng.choice(REASONS)}."
+
+
+def make_prompts(n: int, per_conversation: int = 1) -> list[Example]:
+    """Examples with made-up contexts and human replies."""
+    prompts = []
+    for index in range(n):
+        rng = generator(1, "prompt", index)
+        turns = (Turn(role="user", text=f"Number {index}: {sentence(rng)} {sentence(rng)}"),)
+        reply = " ".join(sentence(rng) for _ in range(3))
+        conversation = f"c{index // per_conversation}"
+        prompts.append(
+            Example(
+                id=f"e{index}",
+                corpus="cmv",
+                conversation_id=conversation,
+                author=f"a{index}",
+                turns=turns,
+                reply=reply,
+                outcome=1.0,
+            )
+        )
+    return prompts
+
+
+def make_responses(prompts: list[Example], models: tuple[str, ...] = MODELS) -> dict[str, dict[str, Response]]:
+    """One made-up response a model and prompt; later models write more."""
+    made: dict[str, dict[str, Response]] = {}
+    for rank, model in enumerate(models):
+        made[model] = {}
+        for prompt in prompts:
+            key = prompt.prompt().id
+            rng = generator(2, "response", model, key)
+            text = " ".join(sentence(rng) for _ in range(2 + int(rng.integers(0, 2 + rank))))
+            made[model][key] = Response(
+                id=content_id("response", model, key),
+                prompt_id=key,
+                n=0,
+                text=text,
+                finish="length" if rng.random() < 0.1 else "stop",
+                tokens=tuple(range(len(text.split()))),
+                logprob=-1.0,
+                lineage=content_id("lineage", model),
+                seed=1,
+            )
+    return made
+
+
+def make_verdicts(
+    prompts: list[Example], strength: dict[str, float], ties: float = 0.1, missing: float = 0.0
+) -> list[ModelVerdict]:
+    """Bradley-Terry verdicts from known strengths, every pair and every model against the human reply."""
+    rows = []
+    for first, second in combinations([*strength], 2):
+        for prompt in prompts:
+            key = prompt.prompt().id
+            u, v, w = generator(3, "verdict", first, second, key).random(3)
+            chance = 1 / (1 + math.exp(strength[second] - strength[first]))
+            label = "none" if w < missing else "tie" if v < ties else "a" if u < chance else "b"
+            rows.append(
+                ModelVerdict(
+                    prompt_id=key, conversation_id=prompt.conversation_id, first=first, second=second, label=label, p_a=chance
+                )
+            )
+    return rows
+
+
+STRENGTH = {"base": 0.0, "sft": -0.2, "rlaif": 1.0, "rlhf": 0.7, "rlaif-rlhf": 1.1, "rlaif-matched": 0.7, HUMAN: 1.2}
+FACTS = {
+    "arms": {
+        name: {"margin": 0.42, "kl": 0.031, "changed_share": 0.94, "steps": 34, "first_loss": 0.693147, "moved": name != "rlhf"}
+        for name in MODELS[2:]
+    },
+    "grader": {"name": "ngram", "accuracy": 0.62, "n": 310},
+    "labels": {"ai": {"scored": 190, "ties": 12}, "human": {"scored": 48, "ties": 7}},
+    "agreement": [{"a": "ai", "b": "evaluation grader", "on": "rlhf pairs", "agree": 0.58, "n": 41}],
+    "counts": {"pools": {"sft": 400, "rlaif": 190, "rlhf": 48, "eval": 115}},
+}
+
+
+def finite(value: object) -> bool:
+    """No NaN and no infinity anywhere."""
+    if isinstance(value, dict):
+        return all(finite(item) for item in value.values())
+    if isinstance(value, list):
+        return all(finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@pytest.fixture(scope="module")
+def full() -> dict:
+    prompts = make_prompts(115)
+    return summarise(make_recipe(), prompts, make_responses(prompts), make_verdicts(prompts, STRENGTH), FACTS)
+
+
+def model(summary: dict, name: str) -> dict:
+    return next(m for m in summary["models"] if m["name"] == name)
+
+
+def comparison(summary: dict, first: str, second: str) -> dict:
+    return next(c for c in summary["comparisons"] if (c["first"], c["second"]) == (first, second))
+
+
+def test_known_strengths_are_found(full):
+    assert comparison(full, "rlaif", "base")["verdict"] == "better"
+    assert comparison(full, "sft", "base")["verdict"] in ("cannot say", "worse")
+    assert comparison(full, "rlaif-matched", "rlhf")["verdict"] in ("cannot say", "equivalent")
+    rate = model(full, "rlaif")["win_vs_base"]
+    assert rate["low"] < 0.5 + 0.9 * (1 / (1 + math.exp(-1)) - 0.5) < rate["high"]
+    assert rate["method"] == "bootstrap"
+    strength = model(full, "rlaif-rlhf")["strength"]
+    assert strength["low"] < strength["value"] < strength["high"]
+    assert np.mean([m["rank_score"]["value"] for m in full["models"]]) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_primary_family_is_fixed_beforehand(full):
+    primary = [(c["first"], c["second"]) for c in full["comparisons"] if c["family"] == "primary"]
+    assert primary == primary_pairs(make_recipe())
+    assert len(primary) == 6
+    assert full["power"]["comparisons"] == 6
+    exploratory = [c for c in full["comparisons"] if c["family"] == "exploratory"]
+    assert len(exploratory) == 15 - 6 + 6
+    assert all(c["p_holm"] is None for c in exploratory)
+    for c in full["comparisons"]:
+        assert c["wins"] + c["ties"] + c["losses"] == c["n"] == c["asked"] == 115
+        assert c["value"] == pytest.approx((c["wins"] + c["ties"] / 2) / c["n"], abs=1e-6)
+
+
+def test_simulated_labels_are_named_and_inherited(full):
+    assert simulated_models(make_recipe()) == {"rlhf", "rlaif-rlhf"}
+    assert model(full, "rlaif-rlhf")["label"] == "rlaif-rlhf (simulated)"
+    assert model(full, "rlaif-matched")["label"] == "rlaif-matched"
+    assert any("simulated" in text and "rlhf (simulated)" in text for text in full["caveats"])
+
+
+def test_caveats_name_what_stands_in_the_way(full):
+    text = " ".join(full["caveats"])
+    for needed in (
+        "Sample size",
+        "rlhf (simulated) did not move",
+        "58% of 41",
+        "62%",
+        "not training runs",
+        "Off-policy second stage: rlaif-rlhf",
+        "may have read",
+        "truth of claims is not measured",
+    ):
+        assert needed.lower() in text.lower(), needed
+
+
+def test_json_able_rounded_and_independent_of_row_order(full):
+    assert finite(full)
+    assert json.loads(canonical_json(full)) == full
+    prompts = make_prompts(115)
+    again = summarise(make_recipe(), prompts[::-1], make_responses(prompts), make_verdicts(prompts, STRENGTH)[::-1], FACTS)
+    assert canonical_json(again) == canonical_json(full)
+
+
+def test_size_decides_what_is_claimed(full):
+    assert not wording.proves_nothing(full)
+    assert "proves nothing" not in " ".join(full["headline"])
+    prompts = make_prompts(12)
+    small = summarise(make_recipe(), prompts, make_responses(prompts), make_verdicts(prompts, STRENGTH), {})
+    assert small["headline"][0].startswith("A run of this size proves nothing: on 12 evaluation prompts")
+    assert model(small, "rlaif")["win_vs_base"]["method"] == "exact"
+    assert model(small, "rlaif")["strength"]["low"] is None
+    assert "30" in model(small, "rlaif")["strength"]["reason"]
+    one = summarise(make_recipe(), prompts[:1], make_responses(prompts[:1]), make_verdicts(prompts[:1], STRENGTH), {})
+    assert "not even a model that always wins" in one["headline"][0]
+    assert finite(one)
+
+
+def test_clusters_not_prompts_carry_the_interval():
+    """Ten conversations of twelve prompts that all go one way are ten observations."""
+    prompts = make_prompts(120, per_conversation=12)
+    verdicts = [
+        ModelVerdict(
+            prompt_id=p.prompt().id,
+            conversation_id=p.conversation_id,
+            first="sft",
+            second="base",
+            label="a" if int(p.conversation_id[1:]) < 7 else "b",
+            p_a=None,
+        )
+        for p in prompts
+    ]
+    got = comparison(summarise(make_recipe(), prompts, make_responses(prompts, ("base", "sft")), verdicts, {}), "sft", "base")
+    assert got["p"] == pytest.approx(0.34375)
+    assert got["clusters"] == 10
+    assert got["low"] < 0.4
+    assert got["verdict"] == "cannot say"
+
+
+@pytest.mark.parametrize("case", ["all ties", "silent model", "identical models", "no verdicts", "only base", "nothing"])
+def test_degenerate_input_gives_words_not_nan(case):
+    prompts = make_prompts(40)
+    models = {"only base": ("base",), "nothing": ()}.get(case, ("base", "sft", "rlaif"))
+    responses = make_responses(prompts, models)
+    verdicts = make_verdicts(prompts, dict.fromkeys((*models, HUMAN), 0.0), ties=1.0 if case == "all ties" else 0.1)
+    if case == "silent model":
+        responses["rlaif"] = {}
+        verdicts = [v.model_copy(update={"label": "none"}) if "rlaif" in (v.first, v.second) else v for v in verdicts]
+    if case == "identical models":
+        responses["rlaif"] = responses["sft"]
+    if case == "no verdicts":
+        verdicts = []
+    got = summarise(make_recipe(), prompts, responses, verdicts, {})
+    assert finite(got)
+    assert got["headline"]
+    assert got["caveats"]
+    if case == "all ties":
+        assert comparison(got, "sft", "base")["verdict"] == "equivalent" or comparison(got, "sft", "base")["p"] == 1.0
+    if case in ("silent model", "no verdicts"):
+        assert comparison(got, "rlaif", "base")["verdict"] == "cannot say"
+        assert comparison(got, "rlaif", "base")["reason"]
+    if case == "identical models":
+        assert model(got, "rlaif")["text"]["same_as_sft"] == 1.0
+    if case == "silent model":
+        assert model(got, "rlaif")["text"]["words"] is None
+        assert model(got, "rlaif")["responses"] == 0
+
+
+def test_missing_verdicts_are_counted_never_ties():
+    prompts = make_prompts(40)
+    strength = {name: STRENGTH[name] for name in ("base", "sft", HUMAN)}
+    got = summarise(
+        make_recipe(), prompts, make_responses(prompts, ("base", "sft")), make_verdicts(prompts, strength, 0.0, 0.3), {}
+    )
+    c = comparison(got, "sft", "base")
+    assert c["ties"] == 0
+    assert c["n"] < c["asked"] == 40
+    assert got["n"]["scored"] < got["n"]["asked"] == 120
+    assert got["matrix"]["scored"][0][1] == c["n"]
+
+
+def test_waiting_arms_keep_their_place_in_the_correction():
+    """Three of six planned comparisons done: corrected as one of six, or waiting for people would buy significance."""
+    prompts = make_prompts(60)
+    models = ("base", "sft", "rlaif")
+    strength = {name: STRENGTH[name] for name in (*models, HUMAN)}
+    facts = {"waiting": {"rlhf": "no human labels yet"}}
+    got = summarise(make_recipe(), prompts, make_responses(prompts, models), make_verdicts(prompts, strength), facts)
+    smallest = min((c for c in got["comparisons"] if c["family"] == "primary"), key=lambda c: c["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1, 6 * smallest["p"]), abs=1e-5)
+    assert "Missing: rlhf (no human labels yet)." in got["caveats"]
+
+
+def test_a_double_or_unknown_verdict_is_refused():
+    prompts = make_prompts(3)
+    verdicts = make_verdicts(prompts, {"base": 0.0, "sft": 0.0})
+    swapped = verdicts[0].model_copy(update={"first": "sft", "second": "base"})
+    for bad in (swapped, swapped.model_copy(update={"prompt_id": "x"}), swapped.model_copy(update={"first": "gpt"})):
+        with pytest.raises(ValueError, match="double, or unknown"):
+            summarise(make_recipe(), prompts, make_responses(prompts), [*verdicts, bad], {})
+
+
+def test_text_metrics_by_hand():
+    assert metrics.words("Don't stop – it’s 3 o'clock!") == ["don't", "stop", "it’s", "3", "o'clock"]
+    assert metrics.repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert metrics.repetition("a b") == 0
+    assert metrics.distinct(["a b a b", "a b"]) == pytest.approx(2 / 4)
+    assert metrics.distinct(["a", ""]) is None
+    assert metrics.questions("Why? Really?! No!! What??? ok") == 3
+    assert metrics.context_overlap("I like red cars", "You said: I like red boats") == pytest.approx(1 / 2)
+    assert metrics.same_text("a  b\n", "a b")
+    assert not metrics.same_text("a b", "ab")
+
+
+def test_words_for_numbers():
+    assert wording.at_least(0.6334) == "64%"
+    assert wording.at_least(0.64) == "64%"
+    assert wording.percent(None) == "–"
+    assert [wording.p_value(p) for p in (0.00001, 0.031, 1.0, None)] == ["p < .001", "p = .031", "p = 1", "no p-value"]
+    assert wording.listed(["a", "b", "c"]) == "a, b and c"
