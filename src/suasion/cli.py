@@ -147,9 +147,13 @@ def report(
     if directory.state("report") != "complete":
         run_pipeline(recipe, run_.resolve().parent, "report", "report")
     if publish:
-        from suasion.reporting.publish import publish_run
+        from suasion.records import Example, OutcomePair, read_rows
+        from suasion.reporting.publish import publish as write_publishable
 
-        withheld = publish_run(run_, publish)
+        corpus = directory.folder("corpus")
+        texts = [text for row in read_rows(corpus / "examples.jsonl", Example) for text in (row.reply or "", *(t.text for t in row.turns))]
+        texts += [text for pair in read_rows(corpus / "outcome_pairs.jsonl", OutcomePair) for text in (pair.winner, pair.loser)]
+        withheld = write_publishable(run_, publish, texts)
         console.print(
             f"published form: {publish} ({withheld} responses withheld because they share a 12-word run with the corpus)"
         )

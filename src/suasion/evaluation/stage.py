@@ -35,6 +35,8 @@ def run_stage(stage: StageContext) -> StageResult:
     models = [name for name in recipe.model_names() if name == "base" or name in trained or f"dpo-{name}" in trained]
     lineages = {name: start_lineage(stage, name) for name in models}
 
+    # Nothing is drawn again here: a model that does not stop must show it.
+    settings = recipe.sample.model_copy(update={"resample": 0})
     journal = Journal(stage.folder / "journal.jsonl")
     said: dict[str, dict[str, Response]] = {}
     for name in models:
@@ -42,7 +44,7 @@ def run_stage(stage: StageContext) -> StageResult:
             lineages[name],
             prompts,
             1,
-            recipe.sample,
+            settings,
             recipe.model,
             renderer,
             hardware,

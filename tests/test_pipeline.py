@@ -1,0 +1,300 @@
+"""The whole chain on the tiny recipe: run, skip, refuse, redo, wait for people, verify, be killed and go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from suasion.errors import UsageError, UserError
+from suasion.pipeline import needs_people, run, stages
+from suasion.recipe import Recipe, dump_recipe, load_recipe, validate_recipe
+from suasion.rundir import EVAL_POOL, MANIFEST, RunDir
+from suasion.verify import verify_run
+
+REPOSITORY = Path(__file__).parents[1]
+TINY = REPOSITORY / "recipes" / "tiny.yaml"
+pytestmark = pytest.mark.timeout(900)
+
+
+def changed(recipe: Recipe, **sections) -> Recipe:
+    data = recipe.model_dump(mode="json")
+    for key, value in sections.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) else value
+    return validate_recipe(data, "test")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe(TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    """One undisturbed run; tests that change something work on a copy."""
+    runs = tmp_path_factory.mktemp("runs")
+    directory, waiting = run(recipe, runs)
+    assert waiting is None
+    return directory.path
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "tiny"))
+
+
+def directory_of(path: Path, recipe: Recipe) -> RunDir:
+    return RunDir(path, {stage.name: stage.folder for stage in stages(recipe)})
+
+
+def test_every_stage_is_complete_and_verified(finished, recipe):
+    faults, checks = verify_run(finished)
+    assert faults == []
+    assert {"pools are disjoint", "evaluation pool is sealed", "lineages fit together", "first losses are right"} <= set(checks)
+    assert (finished / "10-report" / "summary.json").read_bytes() == (finished / "09-evaluate" / "summary.json").read_bytes()
+
+
+def test_manifests_hold_no_time_host_or_path(finished):
+    for path in finished.glob("*/manifest.json"):
+        text = path.read_text()
+        assert str(Path.home()) not in text
+        assert str(finished) not in text
+        assert str(REPOSITORY) not in text
+        assert os.uname().nodename not in text or len(os.uname().nodename) < 4
+
+
+def test_running_again_skips_every_stage(copy, recipe, capsys):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("manifest.json")}
+    run(recipe, copy.parent)
+    assert capsys.readouterr().out.count("skipped") == len(stages(recipe))
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("manifest.json")}
+
+
+def test_any_changed_byte_of_any_artefact_is_found(copy, recipe):
+    files = [path for path in copy.rglob("*") if path.is_file() and path.parent != copy and path.stat().st_size]
+    assert len(files) > 60
+    for path in files:
+        original = path.read_bytes()
+        middle = len(original) // 2
+        path.write_bytes(original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :])
+        faults, _ = verify_run(copy)
+        assert faults, f"{path.relative_to(copy)} was changed and verify saw nothing"
+        path.write_bytes(original)
+    assert verify_run(copy)[0] == []
+
+
+def test_missing_and_foreign_files_are_found(copy):
+    (copy / "02-pools" / "eval.jsonl").unlink()
+    (copy / "03-sft" / "extra.bin").write_bytes(b"x")
+    faults, _ = verify_run(copy)
+    assert any("eval.jsonl is missing" in fault for fault in faults)
+    assert any("extra.bin does not belong" in fault for fault in faults)
+
+
+def test_a_changed_recipe_file_is_found(copy):
+    path = copy / "recipe.yaml"
+    path.write_text(path.read_text().replace("beta: 0.1", "beta: 0.2", 1))
+    assert any("recipe" in fault for fault in verify_run(copy)[0])
+
+
+def rewrite(copy: Path, recipe: Recipe, stage: str, file: str, text: str) -> None:
+    """Change an artefact and forge its manifest, as a careless colleague might: bytes then fit, meaning does not."""
+    directory = directory_of(copy, recipe)
+    path = directory.folder(stage) / file
+    path.write_text(text)
+    from suasion.records import sha256_file, write_json
+
+    manifest = directory.manifest(stage)
+    manifest.outputs[file].sha256, manifest.outputs[file].bytes = sha256_file(path), path.stat().st_size
+    manifest.digest = manifest.computed_digest()
+    write_json(directory.folder(stage) / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def test_forged_pools_are_found_by_their_meaning(copy, recipe):
+    pools = copy / "02-pools"
+    stolen = json.loads((pools / "eval.jsonl").read_text().splitlines()[0])
+    rewrite(copy, recipe, "pools", "sft.jsonl", (pools / "sft.jsonl").read_text() + json.dumps(stolen) + "\n")
+    from suasion.verify import _pools
+
+    directory = directory_of(copy, recipe)
+    assert any("in the pools" in fault for fault in _pools(directory, recipe, {}))
+    assert verify_run(copy)[0]
+
+
+def test_a_forged_evaluation_pool_breaks_the_seal(copy, recipe):
+    from suasion.verify import _seal
+
+    lines = (copy / "02-pools" / "eval.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    row["reply"] += " Really."
+    rewrite(copy, recipe, "pools", "eval.jsonl", "\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    directory = directory_of(copy, recipe)
+    manifests = {stage.name: directory.manifest(stage.name) for stage in stages(recipe)}
+    assert list(_seal(directory, recipe, manifests)) == ["the evaluation pool is not the one that was sealed"]
+
+
+def test_a_false_first_loss_is_found(copy, recipe):
+    from suasion.verify import _losses
+
+    path = copy / "08-dpo-rlaif" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), "loss": 0.6})
+    path.write_text("\n".join(lines) + "\n")
+    directory = directory_of(copy, recipe)
+    manifests = {stage.name: directory.manifest(stage.name) for stage in stages(recipe)}
+    assert any("first loss 0.600000" in fault for fault in _losses(directory, recipe, manifests))
+
+
+def test_a_changed_recipe_is_refused_before_anything_is_touched(copy, recipe):
+    before = sorted(str(path) for path in copy.rglob("*"))
+    text = (copy / "recipe.yaml").read_text()
+    with pytest.raises(UsageError, match=r"sft.learning_rate was 0.001, is now 0.5[\s\S]*--redo sft"):
+        run(changed(recipe, sft={"learning_rate": 0.5}), copy.parent)
+    assert (copy / "recipe.yaml").read_text() == text
+    assert before == sorted(str(path) for path in copy.rglob("*"))
+
+
+def test_redo_moves_to_the_attic_and_makes_the_same_again(copy, recipe):
+    summary = (copy / "09-evaluate" / "summary.json").read_bytes()
+    run(recipe, copy.parent, redo="evaluate")
+    attic = next((copy / "attic").iterdir())
+    assert sorted(path.name for path in attic.iterdir()) == ["09-evaluate", "10-report"]
+    assert (copy / "09-evaluate" / "summary.json").read_bytes() == summary
+
+
+def test_a_redo_with_another_setting_goes_through(copy, recipe):
+    other = changed(recipe, report={"title": "Another title"})
+    run(other, copy.parent, redo="report")
+    assert "Another title" in (copy / "10-report" / "index.html").read_text()
+    assert verify_run(copy)[0] == []
+
+
+def test_until_and_from(recipe, tmp_path):
+    directory, _ = run(recipe, tmp_path, last="pools")
+    assert [directory.state(name) for name in ("corpus", "pools", "sft")] == ["complete", "complete", "absent"]
+    with pytest.raises(UsageError, match="stage sft before it is absent"):
+        run(recipe, tmp_path, first="sample", last="sample")
+    with pytest.raises(UsageError, match="no such stage"):
+        run(recipe, tmp_path, last="nonsense")
+
+
+def test_two_runs_at_once_are_refused(copy, recipe):
+    with directory_of(copy, recipe).lock(), pytest.raises(UserError, match="another suasion run"):
+        run(recipe, copy.parent)
+
+
+def test_only_evaluate_and_report_may_read_the_evaluation_pool(recipe, finished):
+    assert {stage.name for stage in stages(recipe) if EVAL_POOL in stage.inputs} == {"evaluate", "report"}
+    with pytest.raises(ValueError, match="must not read the evaluation pool"):
+        directory_of(finished, recipe).input_hashes("sft", (EVAL_POOL,))
+
+
+def test_arms_that_need_people_are_known(recipe):
+    assert needs_people(recipe) == {"dpo-rlhf", "dpo-rlaif-rlhf", "dpo-rlaif-matched"}
+
+
+def test_missing_labels_block_only_their_arms_and_labels_complete_the_run(copy, recipe, tmp_path, capsys):
+    labels = tmp_path / "verdicts.jsonl"
+    waiting_recipe = changed(recipe, human_labels={"source": {"kind": "file", "path": str(labels), "source": "ann"}})
+    directory, waiting = run(waiting_recipe, copy.parent, redo="human-labels")
+    assert waiting is not None
+    assert "12" in str(waiting) or "verdicts.jsonl" in str(waiting)
+    assert directory.state("dpo-rlaif") == directory.state("evaluate") == directory.state("report") == "complete"
+    assert directory.state("dpo-rlhf") == "absent"
+    assert set(directory.manifest("evaluate").facts["models"]) == {"base", "sft", "rlaif"}
+    assert verify_run(copy)[0] == []
+    trained = (directory.folder("dpo-rlaif") / MANIFEST).read_bytes()
+
+    pairs = [json.loads(line) for line in (copy / "04-sample" / "pairs.jsonl").read_text().splitlines()]
+    rows = [
+        {"format": "verdict/1", "pair_id": pair["id"], "source": "ann", "order": "ab", "label": "ab"[number % 2], "p_a": None}
+        for number, pair in enumerate(pair for pair in pairs if pair["pool"] == "rlhf")
+    ]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    directory, waiting = run(waiting_recipe, copy.parent)
+    assert waiting is None
+    assert set(directory.manifest("evaluate").facts["models"]) == set(recipe.model_names())
+    assert (directory.folder("dpo-rlaif") / MANIFEST).read_bytes() == trained  # nothing that did not need the labels was redone
+    assert verify_run(copy)[0] == []
+    assert any((copy / "attic").iterdir())
+
+
+def test_an_unfinished_attempt_with_other_settings_is_set_aside(recipe, tmp_path):
+    directory, _ = run(recipe, tmp_path, last="pools")
+    folder = directory.folder("sft")
+    folder.mkdir()
+    (folder / "attempt.json").write_text('{"recipe": {}, "inputs": {}}')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n')
+    run(recipe, tmp_path, last="sft")
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] < 20
+    assert any((directory.path / "attic").rglob("metrics.jsonl"))
+
+
+# Kill -9, again and again.
+
+
+def start(recipe_file: Path, runs: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "suasion.cli", "--threads", "1", "run", str(recipe_file), "--runs", str(runs)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path, delay: float) -> int:
+    """Kill the run with SIGKILL while each stage in turn is unfinished. Returns how many kills found their stage unfinished."""
+    directory = directory_of(runs / recipe.name, recipe)
+    hits = 0
+    for stage in stages(recipe):
+        process = start(recipe_file, runs)
+        while process.poll() is None and directory.state(stage.name) == "absent":
+            time.sleep(0.005)
+        time.sleep(delay)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        hits += directory.state(stage.name) == "unfinished"
+    return hits
+
+
+def finish(recipe_file: Path, runs: Path) -> str:
+    process = start(recipe_file, runs)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_summary(recipe, tmp_path):
+    small = changed(recipe, sample={"max_new_tokens": 128})
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_recipe(small))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(file, undisturbed)
+    hits = kill_in_every_stage(small, file, killed, delay=0.15)
+    assert hits >= 6, "the kills came too late to prove anything"
+    finish(file, killed)
+    assert (killed / "tiny/09-evaluate/summary.json").read_bytes() == (undisturbed / "tiny/09-evaluate/summary.json").read_bytes()
+    assert verify_run(killed / "tiny")[0] == []
+    for stage in stages(small):
+        one, other = (runs / "tiny" / stage.folder / MANIFEST for runs in (undisturbed, killed))
+        assert one.read_bytes() == other.read_bytes(), f"{stage.name} differs after kills"
+
+
+def test_interrupt_says_what_to_do_and_exits_130(tmp_path, recipe):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_recipe(recipe))
+    process = start(file, tmp_path / "runs")
+    while process.poll() is None and not (tmp_path / "runs" / "tiny" / "03-sft").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Run the same command again" in output
+    assert "Traceback" not in output
+    assert yaml.safe_load((tmp_path / "runs" / "tiny" / "recipe.yaml").read_text())["name"] == "tiny"
