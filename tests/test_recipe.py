@@ -12,7 +12,9 @@ from suasion.recipe import Recipe, Section, dump_recipe, load_recipe, validate_r
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 SOURCES = [path.read_text() for path in (REPOSITORY / "src").rglob("*.py") if path.name != "recipe.py"]
-SECTIONS = [kind for kind in vars(recipe_module).values() if isinstance(kind, type) and issubclass(kind, Section) and kind is not Section]
+SECTIONS = [
+    kind for kind in vars(recipe_module).values() if isinstance(kind, type) and issubclass(kind, Section) and kind is not Section
+]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -99,9 +101,15 @@ def test_micro_batches_must_divide_the_batch(data):
 
 def test_overrides_reach_sections_arms_and_lists():
     loaded = load_recipe(
-        REPOSITORY / "recipes" / "tiny.yaml", ("seed=9", "dpo.rlhf.beta=0.3", "corpus.sources.0.max_per_conversation=1", "sft.lora.r=2")
+        REPOSITORY / "recipes" / "tiny.yaml",
+        ("seed=9", "dpo.rlhf.beta=0.3", "corpus.sources.0.max_per_conversation=1", "sft.lora.r=2"),
     )
-    assert (loaded.seed, loaded.arm("rlhf").beta, loaded.corpus.sources[0].max_per_conversation, loaded.sft.lora.r) == (9, 0.3, 1, 2)
+    assert (loaded.seed, loaded.arm("rlhf").beta, loaded.corpus.sources[0].max_per_conversation, loaded.sft.lora.r) == (
+        9,
+        0.3,
+        1,
+        2,
+    )
 
 
 @pytest.mark.parametrize("bad", ["seed", "dpo.nobody.beta=1", "seed.x=1", "sft.learning_rte=1"])
@@ -124,5 +132,12 @@ def test_files_that_are_no_recipe_are_refused(tmp_path, text):
 
 
 def test_models_are_named_in_table_order():
-    assert load_recipe(REPOSITORY / "recipes" / "tiny.yaml").model_names() == ["base", "sft", "rlaif", "rlhf", "rlaif-rlhf", "rlaif-matched"]
+    assert load_recipe(REPOSITORY / "recipes" / "tiny.yaml").model_names() == [
+        "base",
+        "sft",
+        "rlaif",
+        "rlhf",
+        "rlaif-rlhf",
+        "rlaif-matched",
+    ]
     assert Recipe.model_fields["dpo"].is_required()

@@ -11,7 +11,15 @@ labels = st.sampled_from(["a", "b", "tie", "none"])
 
 
 def example(**changes) -> Example:
-    values = {"id": "x", "corpus": "cmv", "conversation_id": "c", "author": "p", "turns": (Turn(role="user", text="hé\u2028llo"),), "reply": "r", "outcome": 1.0}
+    values = {
+        "id": "x",
+        "corpus": "cmv",
+        "conversation_id": "c",
+        "author": "p",
+        "turns": (Turn(role="user", text="hé\u2028llo"),),
+        "reply": "r",
+        "outcome": 1.0,
+    }
     return Example(**{**values, **changes})
 
 

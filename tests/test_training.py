@@ -11,7 +11,16 @@ from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged, load_policy, save_adapter
 from suasion.recipe import DpoArm, LoraSection, SftSection
 from suasion.records import Example, Preference, Response, Turn
-from suasion.training.dpo import DpoTrainer, PairIds, check_stored_logprobs, kl_to_start, longer_wins, pair_ids, reference_logprobs, score
+from suasion.training.dpo import (
+    DpoTrainer,
+    PairIds,
+    check_stored_logprobs,
+    kl_to_start,
+    longer_wins,
+    pair_ids,
+    reference_logprobs,
+    score,
+)
 from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint, optimiser_steps, train
 from suasion.training.sft import IGNORED, ReplyHeadTrainer, training_rows
 
@@ -47,14 +56,31 @@ def sft_adapter(tiny, tmp_path_factory):
 
 
 def run_dpo(lineage, folder, pairs, micro=1, epochs=3.0, loss="sigmoid", stop_at=None, checkpoints=0, batch=4):
-    arm = DpoArm(name="t", labels="ai", pool="rlaif", learning_rate=5e-3, epochs=epochs, batch_size=batch, micro_batch_size=micro, loss=loss, checkpoints=checkpoints, lora=LORA)
+    arm = DpoArm(
+        name="t",
+        labels="ai",
+        pool="rlaif",
+        learning_rate=5e-3,
+        epochs=epochs,
+        batch_size=batch,
+        micro_batch_size=micro,
+        loss=loss,
+        checkpoints=checkpoints,
+        lora=LORA,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy(lineage, arm.lora, 1)
     reference = reference_logprobs(policy, pairs, CPU, folder / "reference.jsonl")
     rows = [PairIds(**{**vars(pair), "reference": reference[pair.id]}) for pair in pairs]
     from transformers import TrainingArguments
 
-    trainer = DpoTrainer(model=policy, arm=arm, hardware=CPU, train_dataset=rows, args=arguments(TrainingArguments, arm, folder, CPU, len(rows), 1, "dpo-t"))
+    trainer = DpoTrainer(
+        model=policy,
+        arm=arm,
+        hardware=CPU,
+        train_dataset=rows,
+        args=arguments(TrainingArguments, arm, folder, CPU, len(rows), 1, "dpo-t"),
+    )
     if stop_at is not None:
         trainer.add_callback(_Interrupt(stop_at))
     return policy, rows, train(trainer, folder, "dpo-t", arm.batch_size, "pairs")
@@ -201,7 +227,9 @@ def test_lineages_have_the_hash_of_their_weights(tiny, sft_adapter, tmp_path):
 
 
 def response(tokens, logprob, lineage="L", text="x") -> Response:
-    return Response(id=text, prompt_id="p", n=0, text=text, finish="stop", tokens=tokens, logprob=logprob, lineage=lineage, seed=0)
+    return Response(
+        id=text, prompt_id="p", n=0, text=text, finish="stop", tokens=tokens, logprob=logprob, lineage=lineage, seed=0
+    )
 
 
 def preference(chosen, rejected) -> Preference:
@@ -231,7 +259,9 @@ def test_length_baseline():
 
 
 def test_sft_rows_train_the_reply_and_nothing_else(renderer):
-    rows, dropped = training_rows([example(2, "Surely not."), example(1, None), example(3, "  "), example(4, "long " * 400)], renderer, 300)
+    rows, dropped = training_rows(
+        [example(2, "Surely not."), example(1, None), example(3, "  "), example(4, "long " * 400)], renderer, 300
+    )
     assert dropped == {"no reply": 2, "longer than max_length": 1}
     trained = [label for label in rows[0]["labels"] if label != IGNORED]
     assert renderer.decode(trained) == "Surely not."
@@ -244,11 +274,25 @@ def test_reply_head_loss_equals_trls(tiny, renderer, tmp_path):
     from trl import SFTConfig, SFTTrainer
 
     rows, _ = training_rows([example(1, "No."), example(3, "Perhaps it is not so, though."), example(2, "Why?")], renderer, 400)
-    section = SftSection(learning_rate=1e-3, epochs=1, batch_size=3, micro_batch_size=3, checkpoints=0, lora=LoraSection(dropout=0.0))
+    section = SftSection(
+        learning_rate=1e-3, epochs=1, batch_size=3, micro_batch_size=3, checkpoints=0, lora=LoraSection(dropout=0.0)
+    )
     results = []
     for kind in (ReplyHeadTrainer, SFTTrainer):
         policy = load_policy(Lineage(tiny), section.lora, 0)
-        args = arguments(SFTConfig, section, tmp_path, CPU, 3, 0, "sft", max_length=None, packing=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        args = arguments(
+            SFTConfig,
+            section,
+            tmp_path,
+            CPU,
+            3,
+            0,
+            "sft",
+            max_length=None,
+            packing=False,
+            gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
         trainer = kind(model=policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=renderer.tokenizer)
         batch = next(iter(trainer.get_train_dataloader()))
         count = (batch["labels"][:, 1:] != IGNORED).sum()

@@ -28,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+INTERRUPTED = 130
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, for example recipes/demo.yaml.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/demo.")]
 SetOption = Annotated[
@@ -151,7 +153,11 @@ def report(
         from suasion.reporting.publish import publish as write_publishable
 
         corpus = directory.folder("corpus")
-        texts = [text for row in read_rows(corpus / "examples.jsonl", Example) for text in (row.reply or "", *(t.text for t in row.turns))]
+        texts = [
+            text
+            for row in read_rows(corpus / "examples.jsonl", Example)
+            for text in (row.reply or "", *(t.text for t in row.turns))
+        ]
         texts += [text for pair in read_rows(corpus / "outcome_pairs.jsonl", OutcomePair) for text in (pair.winner, pair.loser)]
         withheld = write_publishable(run_, publish, texts)
         console.print(
@@ -163,28 +169,32 @@ def report(
 
 def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
+    sys.exit(_run())
+
+
+def _run() -> int:
     try:
-        app(standalone_mode=False)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
+        code = app(standalone_mode=False)  # typer returns the code of an Exit; it turns Ctrl-C into 130
     except (KeyboardInterrupt, typer.Abort):
-        console.print("\ninterrupted; what is finished stays. Run the same command again to go on.")
-        sys.exit(130)
+        code = INTERRUPTED
     except UserError as error:
         if os.environ.get("SUASION_DEBUG"):
             raise
         _print_error(str(error))
-        sys.exit(error.exit_code)
+        return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or os.environ.get("SUASION_DEBUG"):
             raise
         _print_error(
             f"no space left on the device ({error.filename or 'while writing'}). Free some, then run the same command again: it resumes."
         )
-        sys.exit(1)
+        return 1
     except TyperException as error:  # wrong use: typer words it
         error.show()  # type: ignore[attr-defined]
-        sys.exit(2)
+        return 2
+    if code == INTERRUPTED:
+        console.print("\ninterrupted; what is finished stays. Run the same command again to go on.")
+    return code if isinstance(code, int) else 0
 
 
 def _print_error(message: str) -> None:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 console = Console(highlight=False)
 LOG_EVERY_SECONDS = 20.0
+QUIET_SECONDS = 3.0  # what is done sooner needs no line in a log
 
 
 class _Rate(ProgressColumn):
@@ -55,7 +56,7 @@ def progress(description: str, total: int, unit: str = "rows", done: int = 0) ->
     def advance(count: int) -> None:
         state["done"] += count
         now = time.monotonic()
-        if now - state["last"] >= LOG_EVERY_SECONDS or state["done"] >= total:
+        if now - state["last"] >= LOG_EVERY_SECONDS or (state["done"] >= total and now - start >= QUIET_SECONDS):
             state["last"] = now
             rate = (state["done"] - done) / max(now - start, 1e-9)
             left = (total - state["done"]) / rate if rate else float("inf")

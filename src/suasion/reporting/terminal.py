@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from suasion.evaluation import wording
+
+SIMULATED = " (simulated)"
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
@@ -17,17 +20,25 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{summary['run']}: {n['prompts']} prompts, {n['scored']} of {n['asked']} comparisons scored",
         title_justify="left",
-        caption=f"{100 * summary['confidence']:.0f}% intervals over prompts; verdict: sign test against base, Holm-corrected",
-        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("model", overflow="fold")
-    for heading in ("against base", "against sft", "against human", "rank score"):
+    table.add_column("model", no_wrap=True)
+    for heading in ("vs base", "vs sft", "vs human", "rank score"):
         table.add_column(heading, justify="right")
     table.add_column("verdict")
     for model in summary["models"]:
         cells = [_cell(model[key]) for key in ("win_vs_base", "win_vs_sft", "win_vs_human", "rank_score")]
-        table.add_row(Text(model["label"]), *cells, model["verdict_vs_base"] or "–")
+        table.add_row(Text(model["label"].replace(SIMULATED, "*")), *cells, model["verdict_vs_base"] or "–")
     console.print(table)
+    starred = "* trained on simulated labels. " if any(SIMULATED in model["label"] for model in summary["models"]) else ""
+    level = f"{100 * summary['confidence']:.0f}%"
+    console.print(
+        Text(
+            f"{starred}Win rates with {level} intervals over prompts; verdict: sign test against base, Holm-corrected.",
+            style="dim",
+        )
+    )
     if wording.proves_nothing(summary):
         console.print(Text(wording.size_warning(summary), style="bold yellow"))
     for sentence in summary["headline"]:

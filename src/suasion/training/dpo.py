@@ -34,7 +34,7 @@ from suasion.training.prefix import Packed, pack, reply_logits, sum_logprobs, to
 
 FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, stored while sampling against the reference pass
-KL_PAIRS = 8
+KL_PAIRS = 5
 MOVED_KL = 1e-4  # nats a token; below this a training has not changed what the model says
 
 
