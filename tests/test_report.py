@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -12,6 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 from test_summary import FACTS, MODELS, STRENGTH, make_prompts, make_recipe, make_responses, make_verdicts
@@ -21,12 +24,83 @@ from suasion.evaluation.summary import HUMAN, summarise
 from suasion.recipe import dump_recipe
 from suasion.records import content_id, write_json, write_rows
 from suasion.reporting import page as pages
+from suasion.reporting.making import judge_sentence, making, recorded
 from suasion.reporting.publish import publish, shares_run, word_runs
 from suasion.reporting.stage import run_stage
 from suasion.reporting.terminal import print_summary
 from suasion.rundir import Input, StageContext
 
 HOSTILE = "<script>alert('x')</script> | a pipe\n# and a heading {{ 7 * 7 }} & <b>bold</b>"
+COUNTS = {  # as the corpus stage writes it
+    "cmv": {
+        "read": {"utterances": 5670, "conversations": 1260, "outcome pairs": 2340},
+        "kept": {"conversations": 1260, "examples": 900, "outcome pairs": 234},
+        "dropped": {"comment that occurs twice": 3, "reply too long": 12},
+        "binary_fields": [],
+        "tokens": {"reply": {"min": 12, "p05": 20, "p25": 57, "p50": 67, "p75": 105, "p95": 112, "max": 121}},
+        "longer_wins_rate": 0.5299,
+        "source": "/data/secret-machine/cmv",
+    },
+    "p4g": {"read": {"utterances": 557, "conversations": 42}, "kept": {"examples": 84}, "dropped": {}, "longer_wins_rate": None},
+}
+MEASURED = {
+    "accuracy": 0.62,
+    "low": 0.51,
+    "high": 0.73,
+    "longer": 0.57,
+    "longer_low": 0.44,
+    "longer_high": 0.7,
+    "n": 310,
+    "groups": 50,
+}
+LABELS = {"n": 20, "ties": 1, "none": 0, "first_rate": 0.5, "longer_rate": 0.45, "length_predicts": 0.55}
+ARM = {"pairs": 8, "n": 3, "tie": 1, "conflict": 1, "flip": 1, "unmatched": 0, "none": 1, "identical": 1, "unlabelled": 0}
+MADE = (
+    FACTS
+    | {  # as evaluate writes it, with what FACTS leaves out
+        "grader": {
+            "name": "ngram grader, trained on judge_pairs",
+            **MEASURED,
+            "folds": 5,
+            "canaries": {"empty": 1.0, "identical": 1.0, "swapped": 0.5},
+            "same_as_labelling_grader": False,
+        },
+        "labels": {
+            "ai": {"source": "ai:embedding", "trained_on": "grader_pairs", "cross_validation": MEASURED, **LABELS}
+            | {"pools": {"rlaif": LABELS, "rlhf": LABELS | {"n": 8}}},
+            "human": {"source": "simulated", "simulated": True, "layout": "verdicts", "n": 8, "ties": 1, "none": 0}
+            | {"first_rate": {"value": 0.57, "low": 0.18, "high": 0.9, "p_value": 1.0, "n": 7}},
+        },
+        "preferences": {
+            "arms": {
+                name: {
+                    **ARM,
+                    "length_accuracy": 0.36,
+                    "on_policy": True,
+                    "sources": ["simulated" if "rlhf" in name else "ai:embedding"],
+                }
+                for name in MODELS[2:]
+            },
+            "left_out": [],
+        },
+        "counts": {
+            "pools": {
+                "sizes": {"sft": 400, "rlaif": 190, "rlhf": 48, "eval": 115},
+                "corpora": {
+                    "sft": {"cmv": 300, "p4g": 100},
+                    "rlaif": {"cmv": 150, "p4g": 40},
+                    "rlhf": {"cmv": 48},
+                    "eval": {"cmv": 90, "p4g": 25},
+                },
+                "grader_pairs": 93,
+                "judge_pairs": 72,
+                "components": 155,
+                "leftover_conversations": 1,
+            },
+            "sample": {"responses": 476, "flags": {"cut-off": 10, "looping": 1}},
+        },
+    }
+)
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -40,7 +114,7 @@ def make_run(
         for key, response in responses["base"].items():
             responses["base"][key] = response.model_copy(update={"text": HOSTILE})
     verdicts = make_verdicts(prompts, {name: STRENGTH[name] for name in (*models, HUMAN)}, 0.1, 0.02)
-    summary = summarise(recipe, prompts, responses, verdicts, FACTS if facts is None else facts)
+    summary = summarise(recipe, prompts, responses, verdicts, MADE if facts is None else facts)
     folders = {"corpus": "01-corpus", "pools": "02-pools", "sft": "03-sft", "evaluate": "09-evaluate", "report": "10-report"}
     folders |= {f"dpo-{name}": f"08-dpo-{name}" for name in models if name not in ("base", "sft")}
     for folder in folders.values():
@@ -52,9 +126,7 @@ def make_run(
     write_rows(evaluate / "responses.jsonl", [r for by_prompt in responses.values() for r in by_prompt.values()])
     write_rows(evaluate / "verdicts.jsonl", verdicts)
     write_rows(root / "02-pools" / "eval.jsonl", prompts)
-    write_json(
-        root / "01-corpus" / "counts.json", {"kept": 900, "dropped": {"reply too long": 12}, "source": "/data/secret-machine/cmv"}
-    )
+    write_json(root / "01-corpus" / "counts.json", COUNTS)
     steps = range(12)
     (root / "03-sft" / "metrics.jsonl").write_text("\n".join(json.dumps({"step": i, "loss": 3 - i / 10}) for i in steps) + "\n")
     for name in models[2:]:
@@ -191,7 +263,10 @@ def test_simulated_stands_in_every_table_and_figure_with_such_a_model(run):
         text = path.read_text()
         for line in re.findall(r"[^\n<>,]*\brlhf\b[^\n<>,]*", text):
             bare = re.sub(r"rlhf (pool|pairs)|pools, rlhf", "", line)
-            assert not re.search(r"(?<![\w-])(rlaif-)?rlhf(?! \(simulated\))", bare) or path.name == "counts.csv", (
+            assert not re.search(r"(?<![\w-])(rlaif-)?rlhf(?! \(simulated\))", bare) or path.name in (
+                "counts.csv",
+                "pools.csv",
+            ), (
                 path.name,
                 line,
             )
@@ -234,6 +309,124 @@ def test_missing_arms_and_facts_are_named_not_drawn(tmp_path):
     assert "<strong>rlaif-matched</strong>: not trained in this run" in text
     assert "The evaluation grader: not recorded in this run" in text
     assert not (stage.folder / "tables" / "agreement.csv").exists()
+
+
+def made(counts: object = COUNTS, facts: dict = MADE) -> dict[str, list[list[str]]]:
+    """The cells of the tables of 'How it was made', as the page shows them."""
+    recipe = make_recipe()
+    names = {name: f"{name} (simulated)" if "rlhf" in name else name for name in MODELS}
+    tables = [*making(counts, facts, recipe, names), *recorded(counts, facts, True, names)]
+    for table in tables:
+        table.to_csv()
+    return {
+        table.name: [[f"{text} {bounds}".strip() for _, text, bounds in table.cells(row)] for row in table.rows]
+        for table in tables
+    }
+
+
+def test_how_it_was_made_stands_in_compact_tables():
+    tables = made()
+    assert tables["corpora"] == [
+        ["cmv", "5,670", "1,260", "900", "234", "67 20–112", "53%"],
+        ["p4g", "557", "42", "84", "0", "not recorded", "–"],
+    ]
+    assert tables["dropped"] == [
+        ["cmv", "reply too long", "12"],
+        ["cmv", "comment that occurs twice", "3"],
+        ["p4g", "nothing", "0"],
+    ]
+    assert tables["pools"] == [
+        ["sft", "400", "300", "100", "trains sft"],
+        ["rlaif", "190", "150", "40", "pairs for AI labels"],
+        ["rlhf", "48", "48", "0", "pairs for human and AI labels"],
+        ["eval", "115", "90", "25", "sealed, for the comparison"],
+        ["grader_pairs", "93", "93", "0", "outcome pairs, train the labelling grader"],
+        ["judge_pairs", "72", "72", "0", "outcome pairs, train the evaluation grader"],
+    ]
+    grader = ["310 grader_pairs", "62% 51–73%"]
+    assert tables["sources"] == [
+        ["ai:embedding", "rlaif pool", "20", "1", "0", "50%", "45%", "55%", *grader],
+        ["ai:embedding", "rlhf pool", "8", "1", "0", "50%", "45%", "55%", *grader],
+        ["human (simulated)", "rlhf pool", "8", "1", "0", "57% 18–90%", "not recorded", "not recorded", "–", "–"],
+    ]
+    kept = ["8", "3", "1", "2", "0", "2", "36%"]
+    assert tables["preferences"] == [
+        ["rlaif", "ai:embedding", *kept, "no"],
+        ["rlhf (simulated)", "human (simulated)", *kept, "no"],
+        ["rlaif-rlhf (simulated)", "human (simulated)", *kept, "second stage"],
+        ["rlaif-matched", "ai:embedding", *kept, "no"],
+    ]
+    assert tables["judge"] == [
+        ["ngram grader, trained on judge_pairs", "62% 51–73%", "57% 44–70%", "310", "50", "5", "2 of 3"],
+    ]
+    assert judge_sentence(MADE) == (
+        "The evaluation grader (ngram grader, trained on judge_pairs) names the winner in 62% (51–73%) of 310 held-out pairs from 50 "
+        "groups; “the longer text wins” is right in 57% (44–70%) of the same pairs. It is not the grader that labelled."
+    )
+
+
+def test_imported_labels_are_off_policy():
+    facts = copy.deepcopy(MADE)
+    facts["arms"]["rlhf"] |= {"off_policy": 40, "preferences": 40}
+    facts["preferences"]["arms"]["rlaif"]["on_policy"] = False
+    column = {row[0]: row[-1] for row in made(facts=facts)["preferences"]}
+    assert column["rlhf (simulated)"] == "40 of 40 imported"
+    assert column["rlaif"] == "imported"
+
+
+def test_every_recorded_fact_stays_on_the_page_folded(run):
+    root, text = run
+    folded = re.search(r'<details class="facts">(.*?)</details>', text, re.DOTALL)
+    assert folded
+    assert "corpus, cmv, tokens, reply, p25" in folded[1]
+    assert "secret-machine" not in folded[1]
+    compact = re.search(r'<section aria-labelledby="method">(.*?)<details', text, re.DOTALL)
+    assert compact
+    assert compact[1].count("<tr>") < 50
+    markdown = (root / "10-report" / "report.md").read_text()
+    assert "tokens, reply, p25" not in markdown
+    for name in ("counts", "labels", "preference_facts", "grader"):
+        assert f"(tables/{name}.csv)" in markdown
+        assert (root / "10-report" / "tables" / f"{name}.csv").is_file()
+
+
+def places(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The paths of all nested keys."""
+    if not isinstance(value, dict):
+        return []
+    return [found for key, item in value.items() for found in ((*path, key), *places(item, (*path, key)))]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_any_fact_may_be_missing_or_strange(data):
+    both = copy.deepcopy({"counts": COUNTS, "facts": MADE})
+    wanted = [path for path in places(both) if len(path) > 1 and path[1] not in ("agreement", "waiting", "packages")]
+    for path in data.draw(st.lists(st.sampled_from(wanted), min_size=1, max_size=4)):
+        inner = both
+        for key in path[:-1]:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and path[-1] in inner:
+            strange = data.draw(st.sampled_from(["gone", None, "words", {}, [], True, 7, -0.5]))
+            if strange == "gone":
+                del inner[path[-1]]
+            else:
+                inner[path[-1]] = strange
+    for rows in made(both["counts"], both["facts"]).values():
+        assert not any(re.search(r"\bNone\b|object at", cell) for row in rows for cell in row)
+    assert "None" not in judge_sentence(both["facts"])
+
+
+@pytest.mark.parametrize("counts", [None, {}, [], {"cmv": None}, {"cmv": {}}, {"jsonl": {"read": {"rows": 5}, "kept": {}}}])
+def test_no_facts_at_all(counts):
+    tables = made(counts, {})
+    assert judge_sentence({}) == ""
+    assert tables["pools"] == tables["sources"] == tables["preferences"] == tables["judge"] == []
+    if counts == {"cmv": {}}:
+        assert tables["corpora"] == [["cmv", *["not recorded"] * 6]]
+        assert tables["dropped"] == [["cmv", "not recorded", "not recorded"]]
+    if counts and "jsonl" in counts:
+        assert tables["corpora"][0][1:5] == ["5", "not recorded", "0", "0"]
 
 
 @pytest.mark.parametrize("models", [("base",), ("base", "sft")])

@@ -69,16 +69,18 @@ class Renderer:
         sample = self.prompt_text(probe) + "\x1f" + self.prompt_text(probe[1:])
         return hashlib.sha256(f"{sample}\x1f{self.stop_id}\x1f{len(self.tokenizer)}".encode()).hexdigest()[:16]
 
-    def render(self, turns: Sequence[Turn], reply: str | None = None, reply_ids: Sequence[int] | None = None) -> Rendered:
+    def render(
+        self, turns: Sequence[Turn], reply: str | None = None, reply_ids: Sequence[int] | None = None, finished: bool = True
+    ) -> Rendered:
         """The dialogue as ids and mask; with `reply` text, or with ids that a model sampled, which are kept as they are.
 
-        A reply that was cut off at the token limit has no stop token: sampled ids are trained exactly as sampled.
+        A reply that was cut off has no stop token: sampled ids are trained exactly as sampled, an unfinished text without it.
         """
         prompt = self._encode(self.prompt_text(turns))
         if reply_ids is not None:
             answer = list(reply_ids)
         elif reply is not None:
-            answer = [*self._encode(self.escape(reply.strip())), self.stop_id]
+            answer = self._encode(self.escape(reply.strip())) + [self.stop_id] * finished
         else:
             answer = []
         return Rendered(ids=(*prompt, *answer), mask=(0,) * len(prompt) + (1,) * len(answer))

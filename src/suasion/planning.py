@@ -214,7 +214,7 @@ def measure(recipe: Recipe, seconds: float = 20.0) -> Rates:
     def step() -> None:
         with hardware.autocast():
             logits = reply_logits(policy, packed)
-        sum_logprobs(logits, packed).sum().backward()
+        sum_logprobs(logits, packed).sum().backward()  # type: ignore[no-untyped-call]
         policy.zero_grad()
 
     policy.eval()

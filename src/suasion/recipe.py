@@ -390,7 +390,7 @@ def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; equal recipes have equal bytes."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

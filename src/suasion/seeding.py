@@ -39,8 +39,9 @@ def gumbel(seeds: np.ndarray, position: int, tokens: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
         row = _mix(seeds.astype(np.uint64)[:, None] + np.uint64(position + 1) * _GOLDEN)
         bits = _mix(row + (tokens.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1), never 0 or 1
-    return -np.log(-np.log(uniform))
+    uniform: np.ndarray = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1), never 0 or 1
+    noise: np.ndarray = -np.log(-np.log(uniform))
+    return noise
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -49,4 +50,5 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed

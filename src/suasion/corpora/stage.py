@@ -154,10 +154,10 @@ def fitted(
 ) -> Iterator[tuple[list[Example], list[OutcomePair]]]:
     """Yield the examples and outcome pairs of each conversation that fit the recipe's lengths."""
     section = recipe.corpus
-    reserve = count_tokens(recipe.model.system_prompt) + TURN_TOKENS
+    budget = context_budget(recipe, count_tokens)
     for examples, pairs in _extract(label, source, report.tally):
         report.kept["conversations"] += 1
-        fitting = list(_fit_examples(examples, source, section, reserve, count_tokens, report))
+        fitting = list(_fit_examples(examples, source, section, budget, count_tokens, report))
         chosen = choose(fitting, source.max_per_conversation, recipe.seed)
         replied = sum(example.reply is not None for example in fitting)
         report.tally.dropped["beyond max_per_conversation"] += max(replied - source.max_per_conversation, 0)
@@ -167,7 +167,7 @@ def fitted(
             report.strategies.update(example.strategies)
             if example.reply is not None:
                 report.tokens["reply"].append(count_tokens(example.reply))
-        kept_pairs = list(_fit_pairs(pairs, section, reserve, count_tokens, report))
+        kept_pairs = list(_fit_pairs(pairs, section, budget, count_tokens, report))
         report.kept["conversations with an example"] += any(example.reply is not None for example in chosen)
         report.kept["conversations with an outcome pair"] += bool(kept_pairs)
         yield chosen, kept_pairs
@@ -178,6 +178,11 @@ def choose(examples: Sequence[Example], most: int, seed: int) -> list[Example]:
     replied = [example for example in examples if example.reply is not None]
     ranked = sorted(replied, key=lambda example: derive_seed(seed, "max-per-conversation", example.id))
     return sorted(ranked[:most] or [example for example in examples if example.reply is None], key=lambda example: example.id)
+
+
+def context_budget(recipe: Recipe, count_tokens: CountTokens) -> int:
+    """Tokens that are left for the turns of a context, beside the system prompt and its turn."""
+    return recipe.corpus.context_tokens - count_tokens(recipe.model.system_prompt) - TURN_TOKENS
 
 
 def fit_context(turns: Sequence[Turn], budget: int, keep_first: bool, count_tokens: CountTokens) -> tuple[Turn, ...] | None:
@@ -260,7 +265,7 @@ def _fit_examples(
     examples: Iterable[Example],
     source: CorpusSource,
     section: CorpusSection,
-    reserve: int,
+    budget: int,
     count_tokens: CountTokens,
     report: Report,
 ) -> Iterator[Example]:
@@ -270,7 +275,7 @@ def _fit_examples(
         if fault:
             report.tally.dropped[f"reply {fault}"] += 1
             continue
-        turns = fit_context(example.turns, section.context_tokens - reserve, source.kind != "p4g", count_tokens)
+        turns = fit_context(example.turns, budget, source.kind != "p4g", count_tokens)
         if turns is None:
             report.tally.dropped["context over budget"] += 1
             continue
@@ -282,14 +287,14 @@ def _fit_examples(
 
 
 def _fit_pairs(
-    pairs: Iterable[OutcomePair], section: CorpusSection, reserve: int, count_tokens: CountTokens, report: Report
+    pairs: Iterable[OutcomePair], section: CorpusSection, budget: int, count_tokens: CountTokens, report: Report
 ) -> Iterator[OutcomePair]:
     low, high = section.reply_tokens
     for pair in pairs:
         if _length_fault(pair.winner, low, high, count_tokens) or _length_fault(pair.loser, low, high, count_tokens):
             report.tally.dropped["pair with a side too short or too long"] += 1
             continue
-        turns = fit_context(pair.turns, section.context_tokens - reserve, True, count_tokens)
+        turns = fit_context(pair.turns, budget, True, count_tokens)
         if turns is None:
             report.tally.dropped["pair with a context over budget"] += 1
             continue

@@ -15,9 +15,10 @@ from suasion.chat import Renderer, as_text
 from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise
 from suasion.grading.base import Comparison, require_canaries, source_name, train_grader
 from suasion.grading.measure import measure
-from suasion.grading.pairs import load_training_pairs, read_sampled_pairs
+from suasion.grading.pairs import load_training_pairs, read_sampled_pairs, training_hashes
 from suasion.models import compute, load_tokenizer
 from suasion.progress import console
+from suasion.recipe import Recipe
 from suasion.records import Example, Response, Verdict, read_json, read_rows, write_json, write_rows
 from suasion.rundir import StageContext, StageResult, package_versions
 from suasion.sampling.respond import Journal, respond
@@ -122,6 +123,11 @@ def run_stage(stage: StageContext) -> StageResult:
         },
         external=external,
     )
+
+
+def external_hashes(recipe: Recipe) -> dict[str, str]:
+    """sha256 of the evaluation grader's training data, where it lies outside the run."""
+    return training_hashes(recipe.evaluate.grader.train)
 
 
 def arm_facts(trained: dict[str, Any], own: dict[str, Response], sft: dict[str, Response]) -> dict[str, Any]:

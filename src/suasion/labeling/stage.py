@@ -47,6 +47,7 @@ def run_stage(stage: StageContext) -> StageResult:
         raise UserError(
             f"{path} holds no usable preference: {imported.labelled} rows, left out: {imported.dropped}. Check the file."
         )
+    fitting = fit_contexts(imported.preferences, stage.recipe)
     facts = {
         "source": settings.source,
         "simulated": False,
@@ -59,7 +60,29 @@ def run_stage(stage: StageContext) -> StageResult:
         "first_rate": first_rate(imported.first, imported.decisive),
         "unfinished_share": round(imported.unfinished / (2 * len(imported.preferences)), 4),
     }
-    return _write(stage, StageResult(imported.labelled, 0, imported.dropped, facts, external), [], imported.preferences)
+    dropped = dict(imported.dropped)
+    if len(fitting) < len(imported.preferences):
+        dropped["context does not fit"] = len(imported.preferences) - len(fitting)
+    return _write(stage, StageResult(imported.labelled, 0, dropped, facts, external), [], fitting)
+
+
+def fit_contexts(preferences: Sequence[Preference], recipe: Recipe) -> list[Preference]:
+    """Imported contexts cut to the run's budget as the corpus stage cuts its own; those that cannot be cut so far are left out."""
+    from suasion.corpora.stage import context_budget, fit_context
+    from suasion.models import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.model)
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    budget = context_budget(recipe, count_tokens)
+    fitting = []
+    for preference in preferences:
+        turns = fit_context(preference.prompt.turns, budget, True, count_tokens)
+        if turns is not None:
+            fitting.append(preference.model_copy(update={"prompt": preference.prompt.model_copy(update={"turns": turns})}))
+    return fitting
 
 
 def external_hashes(recipe: Recipe) -> dict[str, str]:

@@ -6,12 +6,8 @@ Markdown paper and the CSV files cannot disagree.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import yaml
@@ -20,17 +16,11 @@ from suasion.evaluation import wording
 from suasion.evaluation.summary import HUMAN, ModelVerdict
 from suasion.recipe import Recipe
 from suasion.records import Example, Response
+from suasion.reporting.making import RECORDED, judge_sentence, making, recorded, source_name
+from suasion.reporting.table import Column, Table, portable
 from suasion.seeding import derive_seed
 
-Kind = Literal["text", "count", "percent", "threshold", "of", "estimate", "log", "number", "small", "p"]
-Curves = dict[str, list[dict[str, float]]]  # model -> rows of its metrics.jsonl
-
 ROLES = {"user": "to be persuaded", "assistant": "persuader"}
-PARTS = {  # kinds whose values are dictionaries: CSV suffix -> key
-    "estimate": {"": "value", "_low": "low", "_high": "high"},
-    "log": {"": "value", "_low": "low", "_high": "high"},
-    "of": {"": "n", "_of": "asked"},
-}
 REFERENCES = (
     "Bradley & Terry (1952). Rank analysis of incomplete block designs. Biometrika 39.",
     "Clopper & Pearson (1934). The use of confidence or fiducial limits. Biometrika 26.",
@@ -42,84 +32,6 @@ REFERENCES = (
     "Schuirmann (1987). A comparison of the two one-sided tests procedure. J. Pharmacokinet. Biopharm. 15.",
     "Tan et al. (2016). Winning arguments. arXiv:1602.01103.",
 )
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: key in the rows, heading, and how its values are shown."""
-
-    key: str
-    title: str
-    kind: Kind = "text"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of raw values. `name` is the CSV file's name; estimates are dictionaries with value, low, high and reason."""
-
-    name: str
-    title: str
-    note: str
-    columns: tuple[Column, ...]
-    rows: list[dict[str, Any]]
-
-    def cells(self, row: dict[str, Any]) -> Iterator[tuple[Column, str, str]]:
-        """(column, text, interval text or '') of one row."""
-        for column in self.columns:
-            yield (column, *shown(row.get(column.key), column.kind))
-
-    def reasons(self) -> list[str]:
-        """Why estimates of this table, or their intervals, are missing."""
-        found: dict[str, list[str]] = {}
-        for row in self.rows:
-            for column in self.columns:
-                value = row.get(column.key)
-                if isinstance(value, dict) and value.get("reason"):
-                    found.setdefault(f"{column.title}: {value['reason']}", []).append(str(row[self.columns[0].key]))
-        return [f"{reason} ({', '.join(names)})." for reason, names in found.items()]
-
-    def to_csv(self) -> str:
-        """Raw values; an estimate takes three columns, a count of a whole two."""
-        handle = io.StringIO()
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow([c.key + suffix for c in self.columns for suffix in PARTS.get(c.kind, {"": ""})])
-        for row in self.rows:
-            cells: list[Any] = []
-            for column in self.columns:
-                value, parts = row.get(column.key), PARTS.get(column.kind)
-                cells += [(value or {}).get(part) for part in parts.values()] if parts else [value]
-            writer.writerow(["" if cell is None else cell for cell in cells])
-        return handle.getvalue()
-
-
-def shown(value: Any, kind: Kind) -> tuple[str, str]:
-    """A value as (text, interval text)."""
-    if kind in ("estimate", "log"):
-        if value is None:
-            return "–", ""
-        if value["value"] is None:
-            return "cannot say", ""
-        if kind == "estimate":
-            return wording.percent(value["value"]), wording.interval(value["low"], value["high"]) if value[
-                "low"
-            ] is not None else ""
-        bounds = "" if value["low"] is None else f"{value['low']:.2f} to {value['high']:.2f}".replace("-", "−")
-        return f"{value['value']:.2f}".replace("-", "−"), bounds
-    if kind == "of":
-        return f"{value['n']} of {value['asked']}", ""
-    if kind == "threshold":
-        return ("none" if value is None else wording.at_least(value)), ""
-    if value is None or value == "":
-        return "–", ""
-    if isinstance(value, bool):
-        return ("yes" if value else "no"), ""
-    if kind == "percent":
-        return wording.percent(value), ""
-    if kind == "p":
-        return wording.p_value(value).removeprefix("p ").removeprefix("= "), ""
-    if kind in ("number", "small"):
-        return f"{value:.{1 if kind == 'number' else 3}f}".replace("-", "−"), ""
-    return (f"{value:,}" if isinstance(value, int) else str(value)), ""
 
 
 def build_page(
@@ -138,6 +50,7 @@ def build_page(
     waiting = [{"model": name, "reason": reason} for name, reason in sorted((facts.get("waiting") or {}).items())]
     absent = [name for name in recipe.model_names() if name not in lineages and name not in (facts.get("waiting") or {})]
     waiting += [{"model": name, "reason": "not trained in this run"} for name in absent]
+    tables = _tables(summary, recipe, corpus_counts, lineages, simulated)
     return {
         "title": recipe.report.title,
         "run": recipe.name,
@@ -148,8 +61,10 @@ def build_page(
         "headline": summary["headline"],
         "caveats": summary["caveats"],
         "waiting": waiting,
-        "tables": _tables(summary, recipe, corpus_counts, lineages, simulated),
+        "tables": tables,
+        "recorded": [name for name in RECORDED if tables[name].rows],
         "method": _method(summary, recipe, simulated),
+        "judge": judge_sentence(facts),
         "examples": _examples(summary, recipe, examples, responses, verdicts, lineages),
         "withheld": 0,
         "recipe_yaml": yaml.safe_dump(portable(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=100),
@@ -176,17 +91,6 @@ def render(template: str, page: dict[str, Any], **extra: Any) -> str:
 def _unbroken(text: str) -> str:
     """Keep 'p = .03' and '69–83%' on one line."""
     return re.sub(r"(\d)–(\d)", "\\1\u2060–\u2060\\2", re.sub(r"\bp ([<=]) ", "p\u00a0\\1\u00a0", text))
-
-
-def portable(value: Any) -> Any:
-    """The same value without absolute paths: '/home/x/data/corpus' becomes '.../corpus'."""
-    if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(item) for item in value]
-    if isinstance(value, str) and value.startswith("/"):
-        return ".../" + value.rstrip("/").rsplit("/", 1)[-1]
-    return value
 
 
 def _tables(
@@ -244,15 +148,9 @@ def _tables(
         if i != j
     ]
     agreement = [
-        {**row, "a": wording.source_label(row["a"], simulated), "b": wording.source_label(row["b"], simulated)}
+        {**row, "a": source_name(row["a"], simulated), "b": source_name(row["b"], simulated)}
         for row in facts.get("agreement") or []
     ]
-    label_rows = [
-        {"source": wording.source_label(source, simulated), "what": what, "value": value}
-        for source, known in sorted((facts.get("labels") or {}).items())
-        for what, value in flat(known)
-    ]
-    key_value = (Column("what", "What"), Column("value", "Value"))
     tables = (
         Table(
             "models",
@@ -350,21 +248,8 @@ def _tables(
             ),
             agreement,
         ),
-        Table("labels", "The labels", "", (Column("source", "Source"), *key_value), label_rows),
-        Table(
-            "grader",
-            "The evaluation grader",
-            "",
-            key_value,
-            [{"what": k, "value": v} for k, v in flat(facts.get("grader") or {})],
-        ),
-        Table(
-            "counts",
-            "The data",
-            "",
-            key_value,
-            [{"what": k, "value": v} for k, v in [*flat({"corpus": corpus_counts}), *flat(facts.get("counts") or {})]],
-        ),
+        *making(corpus_counts, facts, recipe, {name: labels.get(name, name) for name in lineages}),
+        *recorded(corpus_counts, facts, simulated, labels),
         Table(
             "matrix",
             "Win rate of the first against the second",
@@ -394,17 +279,6 @@ def _tables(
         ),
     )
     return {table.name: table for table in tables}
-
-
-def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested facts as (readable name, value) rows, without absolute paths; lists of plain values are joined."""
-    if isinstance(value, dict):
-        return [row for key, item in value.items() for row in flat(item, f"{prefix}, {key}" if prefix else str(key))]
-    if isinstance(value, list | tuple):
-        if any(isinstance(item, dict | list | tuple) for item in value):
-            return [row for number, item in enumerate(value, start=1) for row in flat(item, f"{prefix}, {number}")]
-        value = ", ".join(map(str, value))
-    return [(prefix.replace("_", " "), portable(value))]
 
 
 def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[str]:

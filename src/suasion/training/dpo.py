@@ -51,10 +51,12 @@ class PairIds:
 
 
 def pair_ids(preference: Preference, renderer: Renderer) -> PairIds:
-    """Token ids of a preference: sampled ids exactly as sampled, imported texts tokenised and closed with the stop token."""
+    """Token ids of a preference: sampled ids exactly as sampled; imported texts tokenised, with the stop token where they are finished."""
     sides = []
     for response in (preference.chosen, preference.rejected):
-        rendered = renderer.render(preference.prompt.turns, reply=response.text, reply_ids=response.tokens)
+        rendered = renderer.render(
+            preference.prompt.turns, reply=response.text, reply_ids=response.tokens, finished="unfinished" not in response.flags
+        )
         sides.append(rendered)
     return PairIds(preference.id, sides[0].prompt_ids, sides[0].reply_ids, sides[1].reply_ids, preference.weight)
 
@@ -88,7 +90,7 @@ def reference_logprobs(model: Any, pairs: list[PairIds], hardware: Compute, path
     return {pair.id: known[pair.id] for pair in pairs}
 
 
-class DpoTrainer(Trainer):
+class DpoTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer whose loss is the weighted mean of the pairs' losses over the whole optimiser step."""
 
     def __init__(self, *args: Any, arm: DpoArm, hardware: Compute, **kwargs: Any):
@@ -114,7 +116,8 @@ class DpoTrainer(Trainer):
         margins = (sums - reference)[:, 0] - (sums - reference)[:, 1]
         losses = preference_loss(margins, self.arm.loss, self.arm.beta, self.arm.label_smoothing)
         self._collect(inputs, sums, rewards, weights)
-        return (losses * weights).sum() / num_items_in_batch * self.args.world_size
+        loss: torch.Tensor = (losses * weights).sum() / num_items_in_batch * self.args.world_size
+        return loss
 
     @torch.no_grad()
     def _collect(self, pairs: list[PairIds], sums: torch.Tensor, rewards: torch.Tensor, weights: torch.Tensor) -> None:

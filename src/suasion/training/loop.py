@@ -123,7 +123,7 @@ class MetricsFile:
         self._handle.close()
 
 
-class _Watch(TrainerCallback):
+class _Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics, moves the bar, marks checkpoints, and stops on a loss that is no number."""
 
     def __init__(self, metrics: MetricsFile, purpose: str, unit_per_step: int, unit: str, done: int):

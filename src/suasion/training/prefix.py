@@ -30,12 +30,15 @@ class Packed:
     predict_at: torch.Tensor
     targets: torch.Tensor
     owner: torch.Tensor
-    replies: int
+
+    @property
+    def replies(self) -> int:
+        """S, the number of replies."""
+        return int(self.owner[-1]) + 1
 
     def to(self, device: str | torch.device) -> Packed:
         """The same on another device."""
-        moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in vars(self).items()}
-        return Packed(**moved)
+        return Packed(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Packed:
@@ -78,7 +81,6 @@ def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Pac
         predict_at=torch.tensor(predict_at),
         targets=torch.tensor(targets),
         owner=torch.tensor(owner),
-        replies=reply_number,
     )
 
 
@@ -91,7 +93,8 @@ def reply_logits(model: Any, packed: Packed) -> torch.Tensor:
         logits_to_keep=packed.predict_at,
         use_cache=False,
     )
-    return output.logits[0].float()
+    logits: torch.Tensor = output.logits[0].float()
+    return logits
 
 
 def sum_logprobs(logits: torch.Tensor, packed: Packed) -> torch.Tensor:

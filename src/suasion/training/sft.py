@@ -53,7 +53,8 @@ class ReplyHeadTrainer(SFTTrainer):  # type: ignore[misc]
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=keep, use_cache=False
         ).logits.float()  # fmt: skip
         total = F.cross_entropy(logits.flatten(0, 1), labels[:, keep].flatten(), ignore_index=IGNORED, reduction="sum")
-        return total / num_items_in_batch * self.args.world_size
+        loss: torch.Tensor = total / num_items_in_batch * self.args.world_size
+        return loss
 
 
 def run_stage(stage: StageContext) -> StageResult:

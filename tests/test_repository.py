@@ -1,0 +1,63 @@
+"""What must never be committed: paths of a machine, secrets, pickles, heavy files, and corpus text under docs/results."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from suasion.reporting.publish import RUN_WORDS, word_runs
+
+REPOSITORY = Path(__file__).parents[1]
+DATA = REPOSITORY.parent / "shared" / "data"
+SECRET = re.compile(r"sk-[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY")
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work)/[\w.-]+")
+INDEX_HOST = re.compile(r"--(?:extra-)?index-url|--find-links|https?://[^\s\"')]*(?:artifactory|nexus|/simple/)")
+
+
+def tracked() -> list[Path]:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return [REPOSITORY / name for name in done.stdout.splitlines() if (REPOSITORY / name).is_file()]
+
+
+def test_no_secret_machine_path_or_package_index():
+    for path in tracked():
+        if path.suffix in (".png", ".safetensors") or path.name == Path(__file__).name:
+            continue
+        text = path.read_text(encoding="utf-8")
+        for pattern in (SECRET, MACHINE_PATH, INDEX_HOST):
+            found = pattern.search(text)
+            assert found is None, f"{path.relative_to(REPOSITORY)}: {found and found.group()}"
+
+
+def test_no_pickle_and_no_heavy_file():
+    for path in tracked():
+        assert path.suffix not in (".pkl", ".pickle", ".pt", ".pth", ".bin"), path
+        assert path.stat().st_size < 3_000_000, path
+
+
+def corpus_texts():
+    for corpus in ("winning-args-corpus", "persuasionforgood-corpus"):
+        with (DATA / corpus / "utterances.jsonl").open(encoding="utf-8") as handle:
+            for line in handle:
+                yield corpus, json.loads(line)["text"] or ""
+
+
+def test_published_results_hold_no_corpus_text():
+    """No 12-word run of either corpus stands in what is published, nor anywhere else in the project's texts."""
+    if not DATA.is_dir():
+        pytest.skip("needs the research corpora in ../shared/data")
+    texts = {
+        path: path.read_text(encoding="utf-8")
+        for path in tracked()
+        if path.suffix in (".md", ".json", ".csv", ".html", ".jsonl", ".ipynb")
+    }
+    ours = {run: path for path, text in texts.items() for run in word_runs(text)}
+    assert len(ours) > 1000
+    leaks = {(ours[run].relative_to(REPOSITORY), run) for _, text in corpus_texts() for run in word_runs(text) if run in ours}
+    assert not leaks, f"{len(leaks)} runs of {RUN_WORDS} corpus words, the first in {sorted(leaks)[0][0]}"
