@@ -172,7 +172,7 @@ def _corpora(corpora: dict[str, Any]) -> Table:
 
 
 def _dropped(corpora: dict[str, Any]) -> Table:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, known in corpora.items():
         reasons = at(known, "dropped")
         if not isinstance(reasons, dict):
@@ -268,14 +268,13 @@ def _sources(facts: dict[str, Any], simulated: bool) -> Table:
     written, flags = number(facts, "counts", "sample", "responses"), mapping(facts, "counts", "sample", "flags")
     if _known(written):
         flagged = [f"{count} {flag}" for flag, count in sorted(flags.items())]
-        notes.append(
-            f"sft wrote {written:,} responses to the prompts of the two pools{'; flagged: ' + ', '.join(flagged) if flagged else ''}."
-        )
+        of_them = f"; flagged: {', '.join(flagged)}" if flagged else ""
+        notes.append(f"sft wrote {written:,} responses to the prompts of the two pools{of_them}.")
     return Table(
         "sources",
         "Where the labels come from",
-        "First position, longer: share of decisive labels for the text shown first, and for the longer one. Length predicts: share "
-        "that a rule on length alone would get right, whichever way it points. Accuracy: cross-validated by group on pairs "
+        "First position, longer: share of decisive labels for the text shown first, and for the longer one. Length predicts: "
+        "share that a rule on length alone would get right, whichever way it points. Accuracy: cross-validated by group on pairs "
         "that people decided, 95% bootstrap interval. " + " ".join(notes),
         (
             Column("source", "Source"),
@@ -353,9 +352,9 @@ def _preferences(facts: dict[str, Any], recipe: Recipe, names: dict[str, str]) -
     return Table(
         "preferences",
         "The preferences of each arm",
-        "Kept and the four counts after it add up to the pairs. Conflicts: sources disagree, or one contradicts itself when the order "
-        "is swapped. Unmatched: without a decisive human label. Other: no verdict, or two equal responses. Off-policy, second stage: "
-        "written by sft, not by the model that the arm starts from." + "".join(notes),
+        "Kept and the four counts after it add up to the pairs. Conflicts: sources disagree, or one contradicts itself when the "
+        "order is swapped. Unmatched: without a decisive human label. Other: no verdict, or two equal responses. Off-policy, "
+        "second stage: written by sft, not by the model that the arm starts from." + "".join(notes),
         (
             Column("arm", "Arm"),
             Column("sources", "Labelled by", "long"),
@@ -393,8 +392,8 @@ def _judge(known: dict[str, Any]) -> Table:
     return Table(
         "judge",
         "The evaluation grader",
-        "Accuracy and “longer wins” on held-out groups (posters or topics) of its training pairs, 95% bootstrap intervals by group. "
-        "Canaries: an empty reply loses, a text ties with itself, a swapped pair gets the mirrored verdict.",
+        "Accuracy and “longer wins” on held-out groups (posters or topics) of its training pairs, 95% bootstrap intervals by "
+        "group. Canaries: an empty reply loses, a text ties with itself, a swapped pair gets the mirrored verdict.",
         (
             Column("grader", "Grader"),
             Column("accuracy", "Accuracy", "estimate"),

@@ -107,7 +107,7 @@ def shown(value: Any, kind: Kind) -> tuple[str, str]:
 
 
 def portable(value: Any) -> Any:
-    """The same value without absolute paths: '/home/x/data/corpus' becomes '.../corpus'."""
+    """The same value without absolute paths: '/data/x/data/corpus' becomes '.../corpus'."""
     if isinstance(value, dict):
         return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
