@@ -339,7 +339,8 @@ def test_real_ukp_has_its_published_size():
     folder = DATA / "ukpconvarg1"
     if not folder.is_dir():
         pytest.skip("../shared/data/ukpconvarg1 is not there")
-    rows, hashes = pairs.load_training_pairs(recipe.PairData(kind="ukp", path=str(folder)), None, None)
+    spec = recipe.PairData(kind="ukp", path=str(folder))
+    rows, hashes = pairs.load_training_pairs(spec, None, None), pairs.training_hashes(spec)
     assert len(rows) == 11650
     assert len({row.group for row in rows}) == 16
     assert list(hashes) == ["ukp"]
@@ -359,7 +360,7 @@ def test_cmv_pairs_come_from_the_corpus_reader(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"utterances\.jsonl is missing"):
         pairs.load_training_pairs(spec, None, None)
     (tmp_path / "utterances.jsonl").write_text("x")
-    rows, hashes = pairs.load_training_pairs(spec, None, None)
+    rows, hashes = pairs.load_training_pairs(spec, None, None), pairs.training_hashes(spec)
     assert len(rows) == 3
     assert rows[0].context.endswith("I dislike trams. Change my view.")
     assert list(hashes) == ["cmv/utterances.jsonl"]

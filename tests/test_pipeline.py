@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -81,12 +82,37 @@ def test_any_changed_byte_of_any_artefact_is_found(copy, recipe):
     assert len(files) > 60
     for path in files:
         original = path.read_bytes()
-        middle = len(original) // 2
-        path.write_bytes(original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :])
+        place = random.Random(str(path.relative_to(copy))).randrange(len(original))
+        path.write_bytes(original[:place] + bytes([original[place] ^ 1]) + original[place + 1 :])
         faults, _ = verify_run(copy)
         assert faults, f"{path.relative_to(copy)} was changed and verify saw nothing"
         path.write_bytes(original)
     assert verify_run(copy)[0] == []
+
+
+def test_white_space_in_a_manifest_is_found(copy):
+    path = copy / "02-pools" / MANIFEST
+    path.write_text(path.read_text().replace("\n", " ", 1))
+    assert any("was changed" in fault for fault in verify_run(copy)[0])
+
+
+def test_a_death_between_work_and_manifest_loses_nothing(copy, recipe, capsys):
+    """The stage's files are there, the manifest is not: the next run takes up the checkpoint and makes the same bytes."""
+    folder = copy / "08-dpo-rlaif"
+    manifest = (folder / MANIFEST).read_bytes()
+    run(recipe, copy.parent, redo="dpo-rlaif", last="dpo-rlaif")
+    assert (folder / MANIFEST).read_bytes() == manifest
+    (folder / MANIFEST).unlink()
+    directory = directory_of(copy, recipe)
+    from suasion.pipeline import _hardware, recipe_slice
+    from suasion.records import write_json
+
+    stage = next(stage for stage in stages(recipe) if stage.name == "dpo-rlaif")
+    attempt = {"recipe": recipe_slice(recipe, stage.sections), "inputs": directory.input_hashes(stage.name, stage.inputs)}
+    write_json(folder / "attempt.json", {**attempt, "external": stage.external(recipe), "hardware": _hardware(recipe)})
+    run(recipe, copy.parent, last="dpo-rlaif")
+    assert "dpo-rlaif (resumed)" in capsys.readouterr().out
+    assert (folder / MANIFEST).read_bytes() == manifest
 
 
 def test_missing_and_foreign_files_are_found(copy):
@@ -246,25 +272,36 @@ def start(recipe_file: Path, runs: Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path, delay: float) -> int:
-    """Kill the run with SIGKILL while each stage in turn is unfinished. Returns how many kills found their stage unfinished."""
+def work_to_resume(folder: Path, stage: str) -> bool:
+    """Whether a stage has made something that a resumed run must take up, not only a folder."""
+    if stage == "sft" or stage.startswith("dpo-"):
+        return any(folder.glob("checkpoints/*/complete"))
+    if stage in ("sample", "evaluate"):
+        journal = folder / "journal.jsonl"
+        return journal.is_file() and journal.read_bytes().count(b"\n") >= 1
+    return (folder / "attempt.json").is_file()
+
+
+def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path) -> tuple[list[str], str]:
+    """Kill the run with SIGKILL once each stage in turn has work to resume. Returns the stages hit, and all that was printed."""
     directory = directory_of(runs / recipe.name, recipe)
-    hits = 0
+    hit, printed = [], ""
     for stage in stages(recipe):
         process = start(recipe_file, runs)
-        while process.poll() is None and directory.state(stage.name) == "absent":
-            time.sleep(0.005)
-        time.sleep(delay)
+        folder = directory.folder(stage.name)
+        while process.poll() is None and directory.state(stage.name) != "complete" and not work_to_resume(folder, stage.name):
+            time.sleep(0.002)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        hits += directory.state(stage.name) == "unfinished"
-    return hits
+        printed += process.communicate()[0]
+        if directory.state(stage.name) == "unfinished":
+            hit.append(stage.name)
+    return hit, printed
 
 
 def finish(recipe_file: Path, runs: Path) -> str:
     process = start(recipe_file, runs)
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=3600)
     assert process.returncode == 0, output
     return output
 
@@ -275,9 +312,12 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_summary(recipe, tmp_path
     file.write_text(dump_recipe(small))
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(file, undisturbed)
-    hits = kill_in_every_stage(small, file, killed, delay=0.15)
-    assert hits >= 6, "the kills came too late to prove anything"
-    finish(file, killed)
+    hit, printed = kill_in_every_stage(small, file, killed)
+    heavy = {"sft", "sample", "evaluate", *(f"dpo-{arm.name}" for arm in small.dpo)}
+    assert len(heavy & set(hit)) >= 5, f"only {hit} were killed with work to resume: too few to prove anything"
+    printed += finish(file, killed)
+    for name in heavy & set(hit):
+        assert f"{name} (resumed)" in printed
     assert (killed / "tiny/09-evaluate/summary.json").read_bytes() == (undisturbed / "tiny/09-evaluate/summary.json").read_bytes()
     assert verify_run(killed / "tiny")[0] == []
     for stage in stages(small):

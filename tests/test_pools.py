@@ -173,8 +173,16 @@ def test_the_seal_and_what_is_held_out(tmp_path: Path) -> None:
     changed = sealed[0].model_copy(update={"reply": "another"})
     assert eval_seal([changed, *sealed[1:]]) != facts["eval_seal"]
     judge = list(read_rows(stage.folder / "judge_pairs.jsonl", OutcomePair))
+    taken = {row.conversation_id for row in [*sealed, *judge]}
+    linked = {
+        each.key[1]
+        for component in COMPONENTS
+        if any(each.key[1] in taken for each in component.conversations)
+        for each in component.conversations
+    }
     held = read_json(stage.folder / "held_out.json")["conversation_hashes"]
-    assert held == sorted({conversation_hash(row.conversation_id) for row in [*sealed, *judge]})
+    assert held == sorted(map(conversation_hash, linked))
+    assert facts["held_out_conversations"] == len(linked)
     assert list(read_rows(stage.folder / "rlhf.jsonl", Prompt))
 
 
@@ -219,12 +227,66 @@ def test_links_are_followed_through() -> None:
     assert [len(component.conversations) for component in link(rows, [], 0.5)] == [2, 1, 1]
 
 
+def test_what_is_linked_to_held_out_conversations_is_held_out_too(tmp_path: Path) -> None:
+    rows = [example(f"t{i}", author=f"poster{i // 2}") for i in range(40)]
+    rows += [example(f"bare{i}", author=f"poster{i}", replied=False) for i in range(20)]
+    section = PoolsSection(sft=6, rlaif=4, rlhf=2, eval=5, judge_conversations=3)
+    stage = write_stage(tmp_path, section, rows, [pair(row) for row in rows if row.reply])
+    run_stage(stage)
+    held = read_json(stage.folder / "held_out.json")["conversation_hashes"]
+    taken = [*read_rows(stage.folder / "eval.jsonl", Example), *read_rows(stage.folder / "judge_pairs.jsonl", OutcomePair)]
+    posters = {getattr(row, "author", None) or row.group for row in taken}
+    theirs = {row.conversation_id for row in rows if row.author in posters}
+    assert theirs > {row.conversation_id for row in taken}
+    assert set(map(conversation_hash, theirs)) <= set(held)
+    for name, kind in (("sft", Example), ("rlaif", Prompt), ("rlhf", Prompt)):
+        assert not {conversation_hash(row.conversation_id) for row in read_rows(stage.folder / f"{name}.jsonl", kind)} & set(held)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.randoms(use_true_random=False))
+def test_every_author_of_a_conversation_links(rng: random.Random) -> None:
+    rows = [
+        example("a", author="x"),
+        example("a", 1, author="y"),
+        example("b", author="y"),
+        example("c", author="z"),
+        example("c", 1, author="a"),
+        example("d", author="z"),
+    ]
+    rng.shuffle(rows)
+    assert linked_ids(rows) == [["a", "b"], ["c", "d"]]
+    theirs = example("e", author="nobody")
+    assert linked_ids([*rows, theirs], [pair(theirs).model_copy(update={"group": "y"})]) == [["a", "b", "e"], ["c", "d"]]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.randoms(use_true_random=False))
+def test_a_pasted_reply_links_and_a_short_one_does_not(rng: random.Random) -> None:
+    pasted, short = prose("pasted", 12), prose("short", 11)
+    rows = [
+        example("a").model_copy(update={"reply": pasted}),
+        example("b").model_copy(update={"reply": f"  {pasted.upper().replace(' ', ', ')}!"}),
+        example("c").model_copy(update={"reply": short}),
+        example("d").model_copy(update={"reply": short}),
+        example("e", corpus="p4g"),
+        example("f"),
+    ]
+    pairs = [pair(rows[4]).model_copy(update={"loser": pasted})]
+    rng.shuffle(rows)
+    assert linked_ids(rows, pairs) == [["a", "b", "e"], ["c"], ["d"], ["f"]]
+
+
+def linked_ids(rows: list[Example], pairs: list[OutcomePair] | None = None) -> list[list[str]]:
+    return [[conversation.key[1] for conversation in component.conversations] for component in link(rows, pairs or [], 0.5)]
+
+
 def test_too_large_pools_say_by_how_much_and_what_fits(tmp_path: Path) -> None:
     rows, pairs = corpus()
     section = PoolsSection(sft=30, rlaif=400, rlhf=50, eval=40, judge_conversations=8)
     with pytest.raises(UserError, match=r"pools\.rlaif needs 400 but \d+ can be had \(\d+ too few\)") as raised:
         run_stage(write_stage(tmp_path, section, rows, pairs))
-    sizes = attainable(section, rows, pairs, seed=0)
+    sizes = attainable(COMPONENTS, section, seed=0)
     assert f"--set pools.rlaif={sizes['rlaif']}" in str(raised.value)
     assert 0 < sizes["rlaif"] < 400
     run_stage(write_stage(tmp_path, section.model_copy(update=sizes), rows, pairs))
@@ -232,12 +294,11 @@ def test_too_large_pools_say_by_how_much_and_what_fits(tmp_path: Path) -> None:
 
 
 def test_attainable_is_the_recipe_where_it_fits_and_nothing_where_nothing_does() -> None:
-    rows, pairs = corpus()
-    assert attainable(SECTION, rows, pairs, 0) == {"sft": 30, "rlaif": 24, "rlhf": 12, "eval": 10, "judge_conversations": 8}
-    rest = attainable(SECTION.model_copy(update={"sft": "rest"}), rows, pairs, 0)
+    assert attainable(COMPONENTS, SECTION, 0) == {"sft": 30, "rlaif": 24, "rlhf": 12, "eval": 10, "judge_conversations": 8}
+    rest = attainable(COMPONENTS, SECTION.model_copy(update={"sft": "rest"}), 0)
     assert rest["sft"] > 30
     assert rest["rlaif"] == 24
-    assert set(attainable(SECTION, rows[:2], [], 0).values()) == {0}
+    assert set(attainable(link(COMPONENT_ROWS[0][:2], [], 0.5), SECTION, 0).values()) == {0}
 
 
 def test_apportion() -> None:

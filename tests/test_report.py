@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
-from test_summary import FACTS, MODELS, STRENGTH, make_prompts, make_recipe, make_responses, make_verdicts
+from test_summary import FACTS, IMPORTED, MODELS, STRENGTH, make_prompts, make_recipe, make_responses, make_verdicts, variant
 
 from suasion.errors import UserError
 from suasion.evaluation.summary import HUMAN, summarise
-from suasion.recipe import dump_recipe
+from suasion.recipe import Recipe, dump_recipe
 from suasion.records import content_id, write_json, write_rows
 from suasion.reporting import page as pages
 from suasion.reporting.making import judge_sentence, making, recorded
@@ -306,9 +306,9 @@ def test_missing_arms_and_facts_are_named_not_drawn(tmp_path):
     assert not (stage.folder / "tables" / "agreement.csv").exists()
 
 
-def made(counts: object = COUNTS, facts: dict = MADE) -> dict[str, list[list[str]]]:
+def made(counts: object = COUNTS, facts: dict = MADE, recipe: Recipe | None = None) -> dict[str, list[list[str]]]:
     """The cells of the tables of 'How it was made', as the page shows them."""
-    recipe = make_recipe()
+    recipe = recipe or make_recipe()
     names = {name: f"{name} (simulated)" if "rlhf" in name else name for name in MODELS}
     tables = [*making(counts, facts, recipe, names), *recorded(counts, facts, True, names)]
     for table in tables:
@@ -348,7 +348,7 @@ def test_how_it_was_made_stands_in_compact_tables():
     assert tables["preferences"] == [
         ["rlaif", "ai:embedding", *kept, "no"],
         ["rlhf (simulated)", "human (simulated)", *kept, "no"],
-        ["rlaif-rlhf (simulated)", "human (simulated)", *kept, "second stage"],
+        ["rlaif-rlhf (simulated)", "human (simulated)", *kept, "all: written by sft"],
         ["rlaif-matched", "ai:embedding", *kept, "no"],
     ]
     assert tables["judge"] == [
@@ -360,13 +360,68 @@ def test_how_it_was_made_stands_in_compact_tables():
     )
 
 
-def test_imported_labels_are_off_policy():
+def off_policy(recipe: Recipe, **counts: int) -> list[str]:
+    """The off-policy cells where so many of each arm's 40 preferences are counted."""
     facts = copy.deepcopy(MADE)
-    facts["arms"]["rlhf"] |= {"off_policy": 40, "preferences": 40}
-    facts["preferences"]["arms"]["rlaif"]["on_policy"] = False
-    column = {row[0]: row[-1] for row in made(facts=facts)["preferences"]}
-    assert column["rlhf (simulated)"] == "40 of 40 imported"
-    assert column["rlaif"] == "imported"
+    for arm, count in counts.items():
+        facts["arms"][arm.replace("_", "-")] |= {"off_policy": count, "preferences": 40}
+        facts["preferences"]["arms"][arm.replace("_", "-")]["on_policy"] = count == 0
+    return [row[-1] for row in made(facts=facts, recipe=recipe)["preferences"]]
+
+
+def test_off_policy_says_who_wrote():
+    counted = off_policy(make_recipe(), rlaif=0, rlhf=0, rlaif_rlhf=40, rlaif_matched=0)
+    assert counted == ["no", "no", "all: written by sft", "no"]
+    people = variant(human_labels=IMPORTED)
+    counted = off_policy(people, rlaif=0, rlhf=40, rlaif_rlhf=40, rlaif_matched=0)
+    assert counted == ["no", "all: imported", "all: imported", "no"]
+    assert off_policy(people, rlhf=30)[1] == "30 of 40: imported"
+    assert {row[0]: row[-1] for row in made(recipe=people)["pools"]}["rlhf"] == "pairs for AI labels"
+
+
+def page_of(recipe: Recipe, facts: dict) -> dict:
+    """The page of a small run of this recipe."""
+    prompts = make_prompts(6)
+    summary = summarise(recipe, prompts, make_responses(prompts), make_verdicts(prompts, STRENGTH), facts)
+    return pages.build_page(summary, recipe, prompts, [], [], {name: content_id("lineage", name) for name in MODELS}, COUNTS)
+
+
+def test_the_method_tells_imported_preferences_from_own_pairs():
+    own, people = page_of(make_recipe(), MADE), page_of(variant(human_labels=IMPORTED), MADE)
+    text = " ".join(own["method"])
+    assert "labels of a simulated annotator, no person, cover the rlhf pool. Each arm" in text
+    assert "6 primary comparisons (each trained model against base, and rlaif-matched against rlhf)" in text
+    assert "(the pairs that also have a decisive human label)" in text
+    text = " ".join(people["method"])
+    assert "cover the rlhf pool" not in text
+    assert "decisive human label" not in text
+    assert "people judged texts that another model wrote" in text
+    assert "control (rlaif-matched) uses this run's own pairs" in text
+    assert "compares recipes, not the source of feedback. Each arm" in text
+    assert "rlhf from sft on imported human labels; rlaif-rlhf from rlaif on imported human labels" in text
+    assert "5 primary comparisons (each trained model against base); equivalence" in text
+    labels = {row["arm"]: row["labels"] for row in people["tables"]["arms"].rows}
+    assert labels["rlhf"] == "human, imported texts"
+    assert labels["rlaif-matched"] == "ai, rlhf pool"
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (1.0, "human replies, all of which persuaded."),
+        (0.724, "human replies, 72% of which persuaded."),
+        (0.999, "human replies, 99% of which persuaded."),
+        (0.001, "human replies, 1% of which persuaded."),
+        (0.0, "human replies, none of which persuaded."),
+        (None, "human replies. For"),
+        ("gone", "human replies. For"),
+    ],
+)
+def test_the_method_says_how_many_replies_persuaded(share, words):
+    sft = {} if share == "gone" else {"sft": {"persuaded_share": share}}
+    method = page_of(make_recipe(), MADE | {"counts": MADE["counts"] | sft})["method"]
+    assert f"sft learns {words}" in method[1]
+    assert "human replies that persuaded" not in method[1]
 
 
 def test_every_recorded_fact_stays_on_the_page_folded(run):

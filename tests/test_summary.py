@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from suasion.evaluation import metrics, wording
-from suasion.evaluation.summary import HUMAN, ModelVerdict, primary_pairs, simulated_models, summarise
+from suasion.evaluation.summary import HUMAN, Control, ModelVerdict, controls, primary_pairs, simulated_models, summarise
 from suasion.recipe import Recipe, validate_recipe
 from suasion.records import Example, Response, Turn, canonical_json, content_id
 from suasion.seeding import generator
@@ -54,6 +54,19 @@ def make_recipe(**evaluate: object) -> Recipe:
         },
         "synthetic recipe",
     )
+
+
+IMPORTED = {"source": {"kind": "file", "layout": "preferences", "path": "/data/labels.jsonl"}}
+
+
+def variant(arms: dict[str, dict] | None = None, names: dict[str, str] | None = None, **sections: object) -> Recipe:
+    """make_recipe with other fields in some arms, other names of arms, and other sections."""
+    data = make_recipe().model_dump(mode="json") | sections
+    names = names or {}
+    for arm in data["dpo"]:
+        arm |= (arms or {}).get(arm["name"], {})
+        arm |= {field: names.get(arm[field], arm[field]) for field in ("name", "start", "reference")}
+    return validate_recipe(data, "synthetic recipe")
 
 
 def sentence(rng: np.random.Generator) -> str:
@@ -184,6 +197,78 @@ def test_primary_family_is_fixed_beforehand(full):
     for c in full["comparisons"]:
         assert c["wins"] + c["ties"] + c["losses"] == c["n"] == c["asked"] == 115
         assert c["value"] == pytest.approx((c["wins"] + c["ties"] / 2) / c["n"], abs=1e-6)
+
+
+def test_a_control_is_known_by_what_it_is_not_by_its_name():
+    assert controls(make_recipe()) == [Control("rlaif-matched", "rlhf", True, ())]
+    renamed = variant(names={"rlaif-matched": "control", "rlhf": "people", "rlaif-rlhf": "both"})
+    assert primary_pairs(renamed)[-1] == ("control", "people")
+    swapped = variant(names={"rlaif-matched": "rlhf", "rlhf": "rlaif-matched"})
+    assert primary_pairs(swapped)[-1] == ("rlhf", "rlaif-matched")
+    second = variant({"rlaif-matched": {"start": "rlaif"}})
+    assert primary_pairs(second)[-1] == ("rlaif-matched", "rlaif-rlhf")
+    same = {"reference": "sft", "micro_batch_size": 2, "checkpoints": 1, "report_to": "none"}
+    assert primary_pairs(variant({"rlaif-matched": same}))[-1] == ("rlaif-matched", "rlhf")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"learning_rate": 1e-4},
+        {"epochs": 2},
+        {"batch_size": 4},
+        {"beta": 0.2},
+        {"loss": "ipo"},
+        {"lora": {"r": 4}},
+        {"learning_rate": 1e-4, "weight_decay": 0.1},
+        {"reference": "rlaif"},
+    ],
+)
+def test_unequal_settings_are_no_planned_comparison(fields):
+    recipe, prompts = variant({"rlaif-matched": fields}), make_prompts(12)
+    (control,) = controls(recipe)
+    assert (control.human, set(control.differing), control.planned) == ("rlhf", set(fields), False)
+    got = summarise(recipe, prompts, make_responses(prompts), make_verdicts(prompts, STRENGTH), FACTS)
+    assert comparison(got, "rlaif-matched", "rlhf")["family"] == "exploratory"
+    assert got["power"]["comparisons"] == 5
+    assert "same pairs" not in " ".join(got["headline"])
+    text = " ".join(got["caveats"])
+    assert "no planned comparison of the source of feedback: they also differ in" in text
+    assert all(field in text for field in fields)
+    assert "no comparison of this run compares it alone" in text
+
+
+def test_an_unlike_start_is_a_difference():
+    recipe = variant({"rlhf": {"start": "rlaif"}})
+    assert controls(recipe) == [Control("rlaif-matched", "rlhf", True, ("start", "reference"))]
+    assert all(second == "base" for _, second in primary_pairs(recipe))
+
+
+def test_imported_preferences_share_no_pair_with_the_control():
+    """cmv-cpu-people: rlhf learned from another model's texts, so nothing may be said of the same pairs."""
+    recipe, prompts = variant(human_labels=IMPORTED), make_prompts(115)
+    strength = STRENGTH | {"rlaif-matched": 2.5}
+    got = summarise(recipe, prompts, make_responses(prompts), make_verdicts(prompts, strength), FACTS)
+    assert comparison(got, "rlaif-matched", "rlhf")["family"] == "exploratory"
+    assert primary_pairs(recipe) == [(name, "base") for name in MODELS[1:]]
+    said = " ".join(got["headline"] + got["caveats"])
+    for false in ("same pairs:", "taught more", "teach more", "compares the source of feedback alone", "only rlaif-matched"):
+        assert false not in said, false
+    assert "Off-policy second stage" not in said
+    assert "Off-policy human labels: rlhf and rlaif-rlhf learned from imported responses" in said
+    assert (
+        "rlaif-matched learned from AI labels on this run's own pairs, rlhf from human labels on texts of another model" in said
+    )
+    assert "two recipes, not the source of feedback" in said
+    assert "no comparison of this run compares it alone" in said
+
+
+def test_labels_on_the_own_pairs_are_compared(full):
+    """Verdicts that people gave on this run's pairs are as good for the control as simulated ones."""
+    verdicts = {"source": {"kind": "file", "path": "/data/verdicts.jsonl"}}
+    assert primary_pairs(variant(human_labels=verdicts)) == primary_pairs(make_recipe())
+    assert any("on the same pairs" in text.lower() for text in full["headline"])
+    assert any("only rlaif-matched against rlhf (simulated) compares it alone" in text for text in full["caveats"])
 
 
 def test_simulated_labels_are_named_and_inherited(full):

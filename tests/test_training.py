@@ -20,6 +20,7 @@ from suasion.training.dpo import (
     pair_ids,
     reference_logprobs,
     score,
+    with_reference,
 )
 from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint, optimiser_steps, train
 from suasion.training.sft import IGNORED, ReplyHeadTrainer, training_rows
@@ -71,7 +72,7 @@ def run_dpo(lineage, folder, pairs, micro=1, epochs=3.0, loss="sigmoid", stop_at
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy(lineage, arm.lora, 1)
     reference = reference_logprobs(policy, pairs, CPU, folder / "reference.jsonl")
-    rows = [PairIds(**{**vars(pair), "reference": reference[pair.id]}) for pair in pairs]
+    rows = [with_reference(pair, reference[pair.id], reference[pair.id], arm) for pair in pairs]
     from transformers import TrainingArguments
 
     trainer = DpoTrainer(
@@ -106,6 +107,21 @@ def test_the_first_loss_is_that_of_a_zero_margin(tiny, sft_adapter, tmp_path, lo
     assert metrics[0]["loss"] == pytest.approx(expected, rel=1e-6)
     assert metrics[0]["margin"] == pytest.approx(0, abs=1e-6)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+def test_another_reference_stops_the_training_at_its_first_loss(tiny, sft_adapter, tmp_path, monkeypatch):
+    """The policy starts from sft, the reference log-probs are the base's: ln 2 is expected, and not found."""
+    pairs = preference_pairs(4)
+    wrong = reference_logprobs(load_merged(Lineage(tiny)), pairs, CPU, tmp_path / "base.jsonl")
+    monkeypatch.setitem(globals(), "reference_logprobs", lambda *args: wrong)
+    with pytest.raises(UserError, match="nothing was trained"):
+        run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", pairs)
+
+
+def test_a_named_reference_has_a_computed_first_loss(tiny, sft_adapter, tmp_path):
+    arm = DpoArm(name="t", labels="ai", pool="rlaif", beta=0.5)
+    pair = with_reference(preference_pairs(1)[0], (-10.0, -20.0), (-8.0, -21.0), arm)
+    assert pair.first_loss == pytest.approx(math.log(1 + math.exp(-0.5 * 3.0)))
 
 
 def test_the_reference_is_the_start_model_not_the_base(tiny, sft_adapter, tmp_path):
@@ -151,7 +167,6 @@ def test_a_stopped_training_resumes_as_if_it_had_not_stopped(tiny, sft_adapter, 
     _, _, resumed = run_dpo(lineage, tmp_path / "cut", preference_pairs(), epochs=5, checkpoints=3)
     assert resumed == whole
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
@@ -240,7 +255,10 @@ def preference(chosen, rejected) -> Preference:
 def test_a_stored_logprob_that_the_reference_does_not_give_is_refused():
     pair = preference(response((5, 6), -4.0), response((7,), -2.0))
     assert check_stored_logprobs([pair], {"q": (-4.0, -2.0)}, "L", CPU, "arm") == 2
-    assert check_stored_logprobs([pair], {"q": (-9.0, -2.0)}, "another model", CPU, "arm") == 0
+    second_stage = pair.model_copy(update={"on_policy": False})
+    assert check_stored_logprobs([second_stage], {"q": (-9.0, -2.0)}, "another model", CPU, "arm") == 0
+    with pytest.raises(UserError, match="sampled from model L"):
+        check_stored_logprobs([pair], {"q": (-4.0, -2.0)}, "another model", CPU, "arm")
     with pytest.raises(UserError, match="--redo sample"):
         check_stored_logprobs([pair], {"q": (-4.1, -2.0)}, "L", CPU, "arm")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 from typer.exceptions import TyperException
 
 from suasion.errors import UserError
@@ -149,17 +150,10 @@ def report(
     if directory.state("report") != "complete":
         run_pipeline(recipe, run_.resolve().parent, "report", "report")
     if publish:
-        from suasion.records import Example, OutcomePair, read_rows
+        from suasion.reporting.publish import corpus_texts
         from suasion.reporting.publish import publish as write_publishable
 
-        corpus = directory.folder("corpus")
-        texts = [
-            text
-            for row in read_rows(corpus / "examples.jsonl", Example)
-            for text in (row.reply or "", *(t.text for t in row.turns))
-        ]
-        texts += [text for pair in read_rows(corpus / "outcome_pairs.jsonl", OutcomePair) for text in (pair.winner, pair.loser)]
-        withheld = write_publishable(run_, publish, texts)
+        withheld = write_publishable(run_, publish, corpus_texts(recipe, directory))
         console.print(
             f"published form: {publish} ({withheld} responses withheld because they share a 12-word run with the corpus)"
         )
@@ -182,12 +176,11 @@ def _run() -> int:
             raise
         _print_error(str(error))
         return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or os.environ.get("SUASION_DEBUG"):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full_disk(error) or os.environ.get("SUASION_DEBUG"):
             raise
-        _print_error(
-            f"no space left on the device ({error.filename or 'while writing'}). Free some, then run the same command again: it resumes."
-        )
+        where = getattr(error, "filename", None) or "while writing"
+        _print_error(f"no space left on the device ({where}). Free some, then run the same command again: it resumes.")
         return 1
     except TyperException as error:  # wrong use: typer words it
         error.show()  # type: ignore[attr-defined]
@@ -195,6 +188,13 @@ def _run() -> int:
     if code == INTERRUPTED:
         console.print("\ninterrupted; what is finished stays. Run the same command again to go on.")
     return code if isinstance(code, int) else 0
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether writing failed for want of space. torch and safetensors report it in words of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or "PytorchStreamWriter failed" in str(error) or "inline_container" in str(error)
 
 
 def _print_error(message: str) -> None:

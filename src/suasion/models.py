@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -158,11 +158,16 @@ class Lineage:
     @property
     def hash(self) -> str:
         """Identity of the weights: the same on every machine."""
-        return content_id("lineage", base_hash(self.base), *(adapter_hash(path) for path in self.adapters))
+        return lineage_hash(base_hash(self.base), self.adapters)
 
     def extended(self, adapter: Path) -> Lineage:
         """The same with one more adapter."""
         return Lineage(self.base, (*self.adapters, adapter))
+
+
+def lineage_hash(base: str, adapters: Sequence[Path]) -> str:
+    """Hash of a base (by its hash) and adapters, oldest first."""
+    return content_id("lineage", base, *(adapter_hash(path) for path in adapters))
 
 
 def load_merged(lineage: Lineage, device: str = "cpu") -> Any:

@@ -21,7 +21,7 @@ from suasion.errors import UsageError, UserError, WaitingForPeople
 from suasion.progress import console, duration
 from suasion.recipe import Recipe
 from suasion.records import read_json, write_json
-from suasion.rundir import Input, RunDir, StageContext, StageResult, cache_dir, differences, refuse_stale
+from suasion.rundir import ATTEMPT, Input, RunDir, StageContext, StageResult, cache_dir, differences, refuse_stale
 
 MODEL = (
     "model.base",
@@ -32,7 +32,7 @@ MODEL = (
     "model.device",
     "model.attention",
 )
-ATTEMPT = "attempt.json"  # which recipe slice and inputs an unfinished folder belongs to
+PROVISIONAL = ("preferences", "evaluate", "report")  # made from what exists while people still label
 TEXT = ("model.base", "model.revision", "model.system_prompt")
 
 
@@ -51,15 +51,27 @@ class Stage:
         """The stage's function; its module is imported only when it runs, so that skipping is fast."""
         return importlib.import_module(self.module).run_stage  # type: ignore[no-any-return]
 
-    def external(self, recipe: Recipe) -> dict[str, str] | None:
-        """sha256 of what this stage reads from outside the run, None where it reads nothing there."""
-        function = getattr(importlib.import_module(self.module), "external_hashes", None) if self.reads_outside else None
-        return function(recipe) if function else None
+    def external(self, recipe: Recipe) -> dict[str, str]:
+        """sha256 of what this stage reads from outside the run: corpora, training pairs of graders, labels, the base model."""
+        hashes: dict[str, str] = {}
+        if self.name == "corpus":
+            from suasion.corpora.stage import external_hashes
 
-    @property
-    def reads_outside(self) -> bool:
-        """Whether the stage reads a corpus, a grader's training pairs or an imported file."""
-        return self.name in ("corpus", "ai-labels", "human-labels", "evaluate")
+            hashes = external_hashes(recipe)
+        elif self.name in ("ai-labels", "evaluate"):
+            from suasion.grading.pairs import training_hashes
+
+            grader = recipe.ai_labels.grader if self.name == "ai-labels" else recipe.evaluate.grader
+            hashes = training_hashes(grader.train)
+        elif self.name == "human-labels":
+            from suasion.labeling.stage import external_hashes
+
+            hashes = external_hashes(recipe)
+        if "model.base" in self.sections:
+            from suasion.models import base_hash
+
+            hashes["base model"] = base_hash(recipe.model)
+        return hashes
 
 
 def stages(recipe: Recipe, blocked: frozenset[str] = frozenset()) -> list[Stage]:
@@ -90,7 +102,7 @@ def stages(recipe: Recipe, blocked: frozenset[str] = frozenset()) -> list[Stage]
             "ai-labels", "05-ai-labels", "suasion.grading.stage", ("ai_labels", "seed"),
             (*sampled, *pools, Input("pools", "grader_pairs.jsonl"), Input("pools", "judge_pairs.jsonl")),
         ),
-        Stage("human-labels", "06-human-labels", "suasion.labeling.stage", ("human_labels", "seed"), (*sampled, *pools, Input("pools", "held_out.json"))),
+        Stage("human-labels", "06-human-labels", "suasion.labeling.stage", ("human_labels", "corpus", *TEXT, "seed"), (*sampled, *pools, Input("pools", "held_out.json"))),
         Stage(
             "preferences", "07-preferences", "suasion.preferences", ("preferences", "dpo.*", "human_labels", "seed"),
             (*sampled, *pools, Input("ai-labels", "verdicts.jsonl"), *human),
@@ -193,32 +205,31 @@ def run(
 
 def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingForPeople | None) -> None:
     """Run, resume or skip one stage."""
-    part = recipe_slice(recipe, stage.sections)
-    inputs = directory.input_hashes(stage.name, stage.inputs)
+    attempt = {
+        "recipe": recipe_slice(recipe, stage.sections),
+        "inputs": directory.input_hashes(stage.name, stage.inputs),
+        "external": stage.external(recipe),
+    }
     if directory.state(stage.name) == "complete":
+        directory.clear_working_files(stage.name)
         manifest = directory.manifest(stage.name)
-        if manifest.facts.get("waiting") and waiting is None:
-            # Made without the human labels that are there now: not stale, only provisional.
-            console.print(f"{stage.name}: made again, now with human labels (the provisional one moves to attic/)")
-            directory.move_to_attic([stage.name])
-        else:
-            changes = differences(manifest, part, inputs)
-            outside = stage.external(recipe)
-            recorded = manifest.external_inputs()
-            if outside is not None and outside != recorded:
-                changed = sorted(key for key in outside.keys() | recorded.keys() if outside.get(key) != recorded.get(key))
-                changes += [f"file outside the run: {key} changed" for key in changed]
+        if not (manifest.facts.get("waiting") and waiting is None):
+            changes = differences(manifest, **attempt)
             if changes:
                 raise refuse_stale(stage.name, changes)
             console.print(f"[dim]{stage.name}: done before, skipped ({manifest.rows_out} rows)[/]")
             return
-    resumed = directory.state(stage.name) == "unfinished"
+        # Made without the human labels that are there now: not stale, only provisional.
+        console.print(f"{stage.name}: made again, now with human labels (the provisional one moves to attic/)")
+        directory.move_to_attic([stage.name])
+    hardware = _hardware(recipe)
     folder = directory.folder(stage.name)
-    if resumed and not _same_attempt(folder, part, inputs):
-        directory.move_to_attic([stage.name])  # an unfinished attempt with other settings: nothing in it can be used here
+    resumed = directory.state(stage.name) == "unfinished"
+    if resumed and not _is_same_attempt(folder, {**attempt, "hardware": hardware}):
+        directory.move_to_attic([stage.name])  # other settings or another machine: nothing in it can be used here
         resumed = False
     folder.mkdir(parents=True, exist_ok=True)
-    _mark_attempt(folder, part, inputs)
+    write_json(folder / ATTEMPT, {**attempt, "hardware": hardware})
     console.print(f"[bold]{stage.name}[/]{' (resumed)' if resumed else ''}")
     context = StageContext(
         recipe=recipe,
@@ -232,10 +243,10 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
     )
     began = time.monotonic()
     result = stage.function()(context)
-    (folder / ATTEMPT).unlink()
-    if waiting and stage.name in ("preferences", "evaluate", "report"):
+    if waiting and stage.name in PROVISIONAL:
         result.facts["waiting"] = str(waiting)
-    manifest = directory.complete(stage.name, part, inputs, result, _hardware(recipe))
+    manifest = directory.complete(stage.name, **attempt, result=result, hardware=hardware)
+    directory.clear_working_files(stage.name)
     seconds = time.monotonic() - began
     directory.record_time(stage.name, seconds, resumed=resumed)
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest.dropped.items()))
@@ -244,14 +255,10 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
     )
 
 
-def _mark_attempt(folder: Path, part: dict[str, Any], inputs: dict[str, str]) -> None:
-    write_json(folder / ATTEMPT, {"recipe": part, "inputs": inputs})
-
-
-def _same_attempt(folder: Path, part: dict[str, Any], inputs: dict[str, str]) -> bool:
-    """Whether an unfinished folder belongs to the same recipe slice and inputs."""
+def _is_same_attempt(folder: Path, attempt: dict[str, Any]) -> bool:
+    """Whether an unfinished folder belongs to the same recipe slice, inputs and hardware."""
     try:
-        return bool(read_json(folder / ATTEMPT) == {"recipe": part, "inputs": inputs})
+        return bool(read_json(folder / ATTEMPT) == attempt)
     except UserError:
         return False
 
@@ -261,7 +268,8 @@ def _refuse_changed_recipe(directory: RunDir, recipe: Recipe, names: list[str]) 
     for stage in stages(recipe):
         if stage.name in names and directory.state(stage.name) == "complete":
             manifest = directory.manifest(stage.name)
-            changes = differences(manifest, recipe_slice(recipe, stage.sections), manifest.inputs_of_run())
+            part = recipe_slice(recipe, stage.sections)
+            changes = differences(manifest, part, manifest.inputs_of_run(), manifest.external_inputs())
             if changes:
                 raise refuse_stale(stage.name, changes)
 

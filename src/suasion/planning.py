@@ -20,11 +20,12 @@ from rich.table import Table
 from suasion.errors import UserError
 from suasion.evaluation.power import detectable_win_rate
 from suasion.progress import duration
-from suasion.recipe import Recipe
+from suasion.recipe import ImportedLabels, Recipe
 
 FEW_STEPS = 20
 DECODE_TOKENS = 24
-EXPECTED_TIE_RATE = 0.1
+ASSUMED_ACCURACY = 0.65  # of a judge; what a trained grader reaches is known once it is trained
+ASSUMED_TIES = 0.1
 MODEL_LOAD_SECONDS = 3.0
 IMPORT_SECONDS = 12.0
 
@@ -72,12 +73,15 @@ class Lengths:
     reply: float
 
 
-def make_plan(recipe: Recipe, runs: Path) -> Plan:
-    """Measure this machine and plan a recipe. Raises UserError where the model or the corpus cannot be read."""
+def make_plan(recipe: Recipe, runs: Path, seconds: float = 20.0) -> Plan:
+    """Measure this machine for about so many seconds and plan a recipe.
+
+    Raises UserError where the model, the corpus or imported labels cannot be read.
+    """
     import tempfile
 
     from suasion.corpora.stage import run_stage as extract
-    from suasion.pools import attainable
+    from suasion.pools import attainable, conversation_hash, link, split
     from suasion.records import Example, OutcomePair, read_rows
     from suasion.rundir import StageContext, cache_dir
 
@@ -86,71 +90,99 @@ def make_plan(recipe: Recipe, runs: Path) -> Plan:
         extract(StageContext(recipe=recipe, stage="corpus", folder=folder, inputs={}, cache=cache_dir()))
         examples = list(read_rows(folder / "examples.jsonl", Example))
         pairs = list(read_rows(folder / "outcome_pairs.jsonl", OutcomePair))
-    if not examples:
-        raise UserError("the corpus yields no examples; look at corpus.reply_tokens and at the corpus folder.")
-    sizes = attainable(recipe.pools, examples, pairs, recipe.seed)
+    components = link(examples, pairs, recipe.pools.near_duplicate)
+    sizes = attainable(components, recipe.pools, recipe.seed)
+    imported = None
+    if (labels := imported_labels(recipe)) and Path(labels.path).is_file():
+        held_out = split(components, recipe.pools, recipe.seed).held_out
+        imported = usable_preferences(recipe, labels, frozenset(map(conversation_hash, held_out)))
     lengths = mean_lengths(recipe, examples)
-    rates = measure(recipe)
-    plans = stage_plans(recipe, lengths, rates, sft_rows(recipe, len(examples)))
-    judge = recipe.evaluate.grader.kind
-    comparisons = len(recipe.dpo) + 1 + any(arm.matched for arm in recipe.dpo)
+    rates = measure(recipe, seconds)
     plan = Plan(
         recipe=recipe.name,
-        stages=plans,
+        stages=stage_plans(recipe, lengths, rates, sft_rows(recipe, sizes), imported),
         rates=rates,
         disk_bytes=disk_bytes(recipe, len(examples)),
         free_bytes=shutil.disk_usage(_existing(runs)).free,
         attainable=sizes,
-        detectable=[
-            ("one comparison, a perfect judge, no ties", detectable_win_rate(recipe.pools.eval)),
-            (f"{comparisons} primary comparisons", detectable_win_rate(recipe.pools.eval, comparisons=comparisons)),
-            (
-                f"the same with a judge that is right 65% of the time ({judge}) and {EXPECTED_TIE_RATE:.0%} ties",
-                detectable_win_rate(recipe.pools.eval, comparisons=comparisons, grader_accuracy=0.65, tie_rate=EXPECTED_TIE_RATE),
-            ),
-        ],
+        detectable=detectable(recipe),
     )
-    for item in plans:
-        if 0 < item.steps < FEW_STEPS:
-            plan.warnings.append(
-                f"{item.stage} takes {item.steps} optimiser steps, fewer than {FEW_STEPS}: it may not move. Lower batch_size or raise epochs."
-            )
-    for pool in ("rlaif", "rlhf", "eval"):
-        if getattr(recipe.pools, pool) > sizes.get(pool, 0):
-            plan.warnings.append(
-                f"pools.{pool} asks for {getattr(recipe.pools, pool)}, this corpus fills {sizes.get(pool, 0)} beside the other pools."
-            )
-    if plan.disk_bytes > plan.free_bytes:
-        plan.warnings.append(f"needs {plan.disk_bytes / 1e9:.1f} GB of disk, {plan.free_bytes / 1e9:.1f} GB are free.")
+    if labels and imported is None:
+        plan.warnings.append(f"no human labels at {labels.path} yet: planned as if there were one for each of the rlhf prompts.")
+    plan.warnings += warnings(recipe, plan)
     return plan
 
 
-def sft_rows(recipe: Recipe, examples: int) -> int:
-    """Rows of the SFT pool; 'rest' is what the other pools leave."""
-    pools = recipe.pools
-    if pools.sft != "rest":
-        return int(pools.sft)
-    return max(1, examples - pools.rlaif - pools.rlhf - pools.eval)
+def warnings(recipe: Recipe, plan: Plan) -> list[str]:
+    """What would go wrong, or be of little use, if this plan were run."""
+    found = [
+        f"{item.stage} takes {item.steps} optimiser steps, fewer than {FEW_STEPS}: it may not move. Lower batch_size or raise epochs."
+        for item in plan.stages
+        if (item.stage == "sft" or item.stage.startswith("dpo-")) and item.steps < FEW_STEPS
+    ]
+    for pool, size in plan.attainable.items():
+        if (asked := getattr(recipe.pools, pool)) != "rest" and asked > size:
+            found.append(f"pools.{pool} asks for {asked}, this corpus fills {size} beside the other pools.")
+    if plan.disk_bytes > plan.free_bytes:
+        found.append(f"needs {plan.disk_bytes / 1e9:.1f} GB of disk, {plan.free_bytes / 1e9:.1f} GB are free.")
+    return found
+
+
+def detectable(recipe: Recipe) -> list[tuple[str, float | None]]:
+    """Under which assumption -> the smallest true win rate that the evaluation can see."""
+    from suasion.evaluation.summary import primary_pairs
+
+    prompts, comparisons = recipe.pools.eval, len(primary_pairs(recipe))
+    return [
+        ("one comparison, a perfect judge, no ties", detectable_win_rate(prompts)),
+        (f"{comparisons} primary comparisons, a perfect judge, no ties", detectable_win_rate(prompts, comparisons=comparisons)),
+        (
+            f"{comparisons} primary comparisons, if the judge is right {ASSUMED_ACCURACY:.0%} of the time and {ASSUMED_TIES:.0%} are ties",
+            detectable_win_rate(prompts, comparisons=comparisons, grader_accuracy=ASSUMED_ACCURACY, tie_rate=ASSUMED_TIES),
+        ),
+    ]
+
+
+def sft_rows(recipe: Recipe, sizes: dict[str, int]) -> int:
+    """Rows of the SFT pool; 'rest' is what the other pools leave, from the sizes that the corpus can fill."""
+    return sizes["sft"] if recipe.pools.sft == "rest" else int(recipe.pools.sft)
+
+
+def imported_labels(recipe: Recipe) -> ImportedLabels | None:
+    """Where human preferences on another model's texts are to come from; None where people label the run's own pairs."""
+    source = recipe.human_labels.source
+    return source if source.kind == "file" and source.layout == "preferences" else None
+
+
+def usable_preferences(recipe: Recipe, labels: ImportedLabels, held_out: frozenset[str]) -> int:
+    """Rows of a file of imported preferences that the run would train on; held_out: hashes of conversations it would not."""
+    from suasion.labeling.imports import import_preferences
+    from suasion.labeling.stage import fit_contexts
+
+    return len(fit_contexts(import_preferences(Path(labels.path), labels.source, held_out).preferences, recipe))
 
 
 def mean_lengths(recipe: Recipe, examples: list[Any]) -> Lengths:
-    """Mean rendered lengths over up to 100 examples."""
+    """Mean rendered lengths over about 100 examples with a reply. Raises UserError where there is none."""
     from suasion.chat import Renderer
     from suasion.models import load_tokenizer
 
     renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)
-    rendered = [
-        renderer.render(example.turns, example.reply) for example in examples[:: max(1, len(examples) // 100)] if example.reply
-    ]
+    replied = [example for example in examples if example.reply]
+    if not replied:
+        raise UserError("the corpus yields no human reply; look at corpus.reply_tokens and at the corpus folder.")
+    rendered = [renderer.render(example.turns, example.reply) for example in replied[:: max(1, len(replied) // 100)]]
     return Lengths(
         context=sum(len(row.prompt_ids) for row in rendered) / len(rendered),
         reply=sum(len(row.reply_ids) for row in rendered) / len(rendered),
     )
 
 
-def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int) -> list[StagePlan]:
+def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int, imported: int | None = None) -> list[StagePlan]:
     """Pure: seconds of every stage from token counts and rates.
 
+    rows: of the SFT pool. imported: usable human preferences of a file, on which arms with human labels then train instead of on
+    the rlhf pool; None where there is no such file.
     A trained token costs rates.train; a reference pass or a KL pass reads at rates.prefill; sampling reads each prompt once and
     writes at rates.decode. Responses are assumed as long as the corpus's replies, and a tenth of them to be drawn again.
     """
@@ -172,11 +204,14 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int) -> li
         ),
         StagePlan("sample", 2 * prompts, 0, sampling(prompts, 2), "responses"),
         StagePlan("ai-labels", prompts, 0, 15 + prompts * 0.1),
-        StagePlan("human-labels", recipe.pools.rlhf, 0, 1, "simulated or imported; people need about a minute a pair"),
+        StagePlan(
+            "human-labels", recipe.pools.rlhf if imported is None else imported, 0, 1,
+            "simulated or imported; people need about a minute a pair" if imported is None else "usable rows of the imported file",
+        ),
         StagePlan("preferences", prompts, 0, 1),
     ]  # fmt: skip
     for arm in recipe.dpo:
-        pairs = getattr(recipe.pools, arm.pool)
+        pairs = imported if arm.labels == "human" and imported is not None else getattr(recipe.pools, arm.pool)
         tokens = lengths.context + 2 * response
         seconds = (
             pairs * tokens / rates.prefill
@@ -190,8 +225,8 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int) -> li
     return plans
 
 
-def measure(recipe: Recipe, seconds: float = 20.0) -> Rates:
-    """Time the recipe's model on this machine."""
+def measure(recipe: Recipe, seconds: float) -> Rates:
+    """Time the recipe's model on this machine. Reading and training take most of the seconds; writing takes what it takes."""
     import torch
 
     from suasion.models import Lineage, compute, load_policy, load_tokenizer
@@ -222,12 +257,17 @@ def measure(recipe: Recipe, seconds: float = 20.0) -> Rates:
     policy.train()
     train = tokens / _seconds_each(step, seconds * 0.35)
     model = policy.merge_and_unload().eval()  # sampling runs on merged weights
-    batch = [Draw(str(number), tuple(ids.tolist()), 0) for number in range(recipe.sample.batch_size)]
-    settings = recipe.sample.model_copy(update={"max_new_tokens": DECODE_TOKENS, "temperature": 1.0, "top_p": 1.0})
-    began = time.perf_counter()
-    decode(model, batch, settings, recipe.seed, -1, tokenizer.pad_token_id, hardware)
-    spent = time.perf_counter() - began - len(batch) * context / prefill
-    decode_rate = len(batch) * DECODE_TOKENS / max(spent, 1e-3)
+    batch = [Draw("plan", tuple(ids.tolist()), number) for number in range(recipe.sample.batch_size)]  # one prompt: read once
+
+    def write(new_tokens: int) -> float:
+        settings = recipe.sample.model_copy(update={"max_new_tokens": new_tokens})
+        began = time.perf_counter()
+        decode(model, batch, settings, recipe.seed, -1, tokenizer.pad_token_id, hardware)
+        return time.perf_counter() - began
+
+    write(2)  # warm up
+    first = write(1)  # reading, and the first token of every response
+    decode_rate = len(batch) * DECODE_TOKENS / max(write(DECODE_TOKENS + 1) - first, 1e-6)
     return Rates(
         prefill=prefill,
         decode=decode_rate,

@@ -2,10 +2,11 @@
 
 Reads the corpus stage's `examples.jsonl` and `outcome_pairs.jsonl`; writes `sft.jsonl`, `rlaif.jsonl`, `rlhf.jsonl`, `eval.jsonl`,
 `grader_pairs.jsonl` (of the SFT pool's conversations), `judge_pairs.jsonl` (of conversations in no pool) and `held_out.json`
-(hashes of conversations that nothing may train on).
+(hashes of conversations that nothing may train on: those of the evaluation and judge pairs, and all that are linked to them).
 
-Two conversations are linked if they have an author in common or are near-duplicates of each other. What is linked, however
-indirectly, is one component and goes into one pool whole: that makes the pools disjoint by conversation, author and text at once.
+Two conversations are linked if they have an author or a reply (of some length) in common or are near-duplicates of each other.
+What is linked, however indirectly, is one component and goes into one pool whole: that makes the pools disjoint by conversation,
+author and text at once.
 Large components (a persuader with many dialogues) go to the SFT pool, which has room. Every choice is a hash of seed and id, so
 that the order of the rows changes nothing.
 """
@@ -32,6 +33,7 @@ Key = tuple[str, str]  # corpus and conversation id
 SMALL = 3  # conversations of a component up to which the small pools take it as readily as any other
 SHINGLE = 5  # words
 LEAST_SHINGLES = 20  # shorter texts ("Hello, how are you?") are alike by chance
+PASTED = 12  # words from which two equal replies are one text, pasted twice
 PERMUTATIONS = 128  # standard error of an estimated similarity of .5: .044
 SIZES = ("sft", "rlaif", "rlhf", "eval", "judge_conversations")
 
@@ -56,8 +58,7 @@ def run_stage(stage: StageContext) -> StageResult:
             write_rows(stage.folder / "judge_pairs.jsonl", pools.judge_pairs),
         )
     )
-    held_out = {example.conversation_id for example in pools.eval} | {pair.conversation_id for pair in pools.judge_pairs}
-    write_json(stage.folder / "held_out.json", {"conversation_hashes": sorted(map(conversation_hash, held_out))})
+    write_json(stage.folder / "held_out.json", {"conversation_hashes": sorted(map(conversation_hash, pools.held_out))})
     return StageResult(
         rows_in=len(examples) + len(pairs),
         rows_out=rows_out,
@@ -81,7 +82,7 @@ class Conversation:
     """The rows of one conversation, each list sorted by id."""
 
     key: Key
-    author: str
+    authors: tuple[str, ...]
     examples: tuple[Example, ...]
     pairs: tuple[OutcomePair, ...]
 
@@ -119,7 +120,7 @@ class Component:
 
 @dataclass
 class Pools:
-    """The finished pools. `judge` are the keys of conversations with judge pairs."""
+    """The finished pools. `judge` counts the conversations with judge pairs; `held_out` are the ids that nothing may train on."""
 
     sft: list[Example] = field(default_factory=list)
     rlaif: list[Prompt] = field(default_factory=list)
@@ -127,6 +128,7 @@ class Pools:
     eval: list[Example] = field(default_factory=list)
     grader_pairs: list[OutcomePair] = field(default_factory=list)
     judge_pairs: list[OutcomePair] = field(default_factory=list)
+    held_out: set[str] = field(default_factory=set)
     judge: int = 0
     leftover: int = 0
 
@@ -157,6 +159,7 @@ class Pools:
             "grader_pairs": len(self.grader_pairs),
             "judge_pairs": len(self.judge_pairs),
             "judge_conversations": self.judge,
+            "held_out_conversations": len(self.held_out),
             "leftover_conversations": self.leftover,
             "components": len(components),
             "largest_component": max((len(component.conversations) for component in components), default=0),
@@ -164,7 +167,7 @@ class Pools:
 
 
 def link(examples: Iterable[Example], pairs: Iterable[OutcomePair], near_duplicate: float) -> list[Component]:
-    """Connected components of conversations that have an author or a near-duplicate text in common, sorted by first key."""
+    """Connected components of conversations that have an author, a reply or a near-duplicate text in common, by first key."""
     rows: dict[Key, tuple[list[Example], list[OutcomePair]]] = defaultdict(lambda: ([], []))
     for example in examples:
         rows[example.corpus, example.conversation_id][0].append(example)
@@ -179,10 +182,11 @@ def link(examples: Iterable[Example], pairs: Iterable[OutcomePair], near_duplica
             key = parent[key]
         return key
 
-    by_author: dict[Key, Key] = {}
+    firsts: dict[tuple[str, ...], Key] = {}
     for conversation in conversations:
-        first = by_author.setdefault((conversation.key[0], conversation.author), conversation.key)
-        parent[find(conversation.key)] = find(first)
+        shared = [("author", conversation.key[0], author) for author in conversation.authors]
+        for mark in (*shared, *(("reply", reply) for reply in _replies(conversation))):
+            parent[find(conversation.key)] = find(firsts.setdefault(mark, conversation.key))
     for one, other in near_duplicates(conversations, near_duplicate):
         parent[find(one)] = find(other)
     grouped: dict[Key, list[Conversation]] = defaultdict(list)
@@ -219,7 +223,7 @@ def near_duplicates(conversations: Sequence[Conversation], threshold: float) -> 
 
 def shingles(text: str) -> set[bytes]:
     """Word 5-grams of a text, in lower case and without punctuation."""
-    words = re.findall(r"\w+", text.lower())
+    words = _words(text)
     return {" ".join(words[i : i + SHINGLE]).encode() for i in range(len(words) - SHINGLE + 1)}
 
 
@@ -247,6 +251,7 @@ def split(components: Sequence[Component], section: PoolsSection, seed: int) -> 
     if (had := sum(_count(c, "replied") for c in chosen)) < section.eval:  # too few replies that persuaded: any reply
         chosen += take("eval", section.eval - had, lambda c: _count(c, "replied"), lambda c: 0)
     answered = (conversation for conversation in _members(chosen) if conversation.replied)
+    pools.held_out = {conversation.key[1] for conversation in _members(chosen)}
     for conversation in _first(answered, section.eval, seed, "eval", lambda c: (not c.won,)):
         pools.eval.append(_draw(conversation.won or conversation.replied, seed, "eval"))
 
@@ -272,6 +277,7 @@ def split(components: Sequence[Component], section: PoolsSection, seed: int) -> 
     pools.grader_pairs = [pair for c in _members(free) if c.key in in_sft for pair in c.pairs]
     outside = [*judge, *left]
     pools.judge_pairs = [pair for conversation in _members(outside) for pair in conversation.pairs]
+    pools.held_out |= {each.key[1] for component in outside if _count(component, "pairs") for each in component.conversations}
     pools.judge = sum(bool(conversation.pairs) for conversation in _members(outside))
     pools.leftover = sum(1 for _ in _members(left))
     for rows in (pools.sft, pools.rlaif, pools.rlhf, pools.eval, pools.grader_pairs, pools.judge_pairs):
@@ -279,16 +285,12 @@ def split(components: Sequence[Component], section: PoolsSection, seed: int) -> 
     return pools
 
 
-def attainable(section: PoolsSection, examples: Iterable[Example], pairs: Iterable[OutcomePair], seed: int) -> dict[str, int]:
+def attainable(components: Sequence[Component], section: PoolsSection, seed: int) -> dict[str, int]:
     """Sizes in the recipe's proportions that the corpus can fill, by the recipe's keys; the recipe's own sizes where they fit.
 
     An SFT pool of 'rest' is given with the examples that then remain; smaller sizes are proposed so that these are at least as
     many as the rlaif prompts. All zero where not even one row per pool can be had.
     """
-    return _attainable(link(examples, pairs, section.near_duplicate), section, seed)
-
-
-def _attainable(components: Sequence[Component], section: PoolsSection, seed: int) -> dict[str, int]:
     wanted = {name: int(size) for name in SIZES if (size := getattr(section, name)) != "rest"}
 
     def attempt(share: float) -> dict[str, int] | None:
@@ -316,7 +318,7 @@ def _too_small(lacking: dict[str, tuple[int, int]], components: Sequence[Compone
         f"pools.{name} needs {wanted} but {had} can be had ({wanted - had} too few)" for name, (wanted, had) in lacking.items()
     )
     text = f"the corpus ({conversations} conversations in {len(components)} unlinked groups) cannot fill the pools: {short}."
-    sizes = _attainable(components, section, seed)
+    sizes = attainable(components, section, seed)
     if not any(sizes.values()):
         return text + " No sizes in these proportions fit: use a larger corpus, or widen corpus.reply_tokens."
     kept = [name for name in SIZES if getattr(section, name) != "rest" and sizes[name] != getattr(section, name)]
@@ -325,10 +327,10 @@ def _too_small(lacking: dict[str, tuple[int, int]], components: Sequence[Compone
 
 def _conversation(key: Key, examples: list[Example], pairs: list[OutcomePair]) -> Conversation:
     unique = {example.id: example for example in examples}
-    authors = sorted({example.author for example in examples} | {pair.group for pair in pairs})
+    authors = {example.author for example in examples} | {pair.group for pair in pairs}
     return Conversation(
         key=key,
-        author=authors[0],
+        authors=tuple(sorted(authors)),
         examples=tuple(unique[identity] for identity in sorted(unique)),
         pairs=tuple(sorted({pair.id: pair for pair in pairs}.values(), key=lambda pair: pair.id)),
     )
@@ -341,6 +343,17 @@ def _texts(conversation: Conversation) -> list[str]:
     texts = sorted({turns[0].text for turns in said if turns and turns[0].role == "user"})
     everything = "\n".join(sorted(whole))
     return texts if everything in texts else [*texts, everything]
+
+
+def _replies(conversation: Conversation) -> list[str]:
+    """The distinct human replies of a conversation, in words, that are too long to be equal by chance."""
+    said = [example.reply or "" for example in conversation.examples]
+    said += [text for pair in conversation.pairs for text in (pair.winner, pair.loser)]
+    return sorted({" ".join(words) for words in map(_words, said) if len(words) >= PASTED})
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def _hash32(data: bytes) -> int:

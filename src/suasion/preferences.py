@@ -109,7 +109,7 @@ def build(
         elif label not in ("a", "b"):
             counts[label] += 1
         else:
-            rows.append(to_preference(item, label, tuple(sorted({verdict.source for verdict in given}))))
+            rows.append(to_preference(item, label, tuple(sorted({verdict.source for verdict in given})), arm.start == "sft"))
     counts["n"] = len(rows)
     return rows, counts
 
@@ -134,8 +134,8 @@ def settle(verdicts: Sequence[Verdict], conflicts: Literal["drop", "first"]) -> 
     return "flip" if flipped else "conflict"
 
 
-def to_preference(item: SampledPair, label: Label, sources: tuple[str, ...]) -> Preference:
-    """A decisive label as a training pair."""
+def to_preference(item: SampledPair, label: Label, sources: tuple[str, ...], on_policy: bool) -> Preference:
+    """A decisive label as a training pair. on_policy: whether the arm starts from sft, which wrote the responses."""
     chosen, rejected = (item.a, item.b) if label == "a" else (item.b, item.a)
     return Preference(
         id=content_id("preference", item.prompt.id, chosen.id, rejected.id),
@@ -143,6 +143,7 @@ def to_preference(item: SampledPair, label: Label, sources: tuple[str, ...]) -> 
         chosen=chosen,
         rejected=rejected,
         sources=sources,
+        on_policy=on_policy,
     )
 
 

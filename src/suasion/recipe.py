@@ -25,7 +25,7 @@ SYSTEM_PROMPT = (
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced silently."""
+    """Base of all sections: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -82,7 +82,9 @@ class ModelSection(Section):
         "bundled:smollm2-135m-instruct",
         description="'bundled:smollm2-135m-instruct', 'random:tiny', a local folder, or a hub name.",
     )
-    revision: str | None = Field(None, description="Commit of a hub model; None takes the newest and records it.")
+    revision: str | None = Field(
+        None, description="Commit of a hub model; None takes the newest; its weights are recorded by hash either way."
+    )
     system_prompt: str = Field(
         SYSTEM_PROMPT, description="Stands before every dialogue, in training, sampling and judging alike."
     )
@@ -127,7 +129,7 @@ class TrainingSection(Section):
 
 
 class SftSection(TrainingSection):
-    """Supervised fine-tuning on human replies that persuaded."""
+    """Supervised fine-tuning on human replies; the pool takes those that persuaded first."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     epochs: float = Field(3, gt=0, description="Passes over the data.")
@@ -237,7 +239,6 @@ class HumanLabelsSection(Section):
 class PreferencesSection(Section):
     """From verdicts to training pairs."""
 
-    ties: Literal["drop"] = Field("drop", description="Ties never become a win; they are counted.")
     conflicts: Literal["drop", "first"] = Field(
         "drop", description="Several verdicts of one source on one pair that disagree: drop the pair, or let the first bind."
     )
@@ -335,6 +336,13 @@ class Recipe(Section):
                 if value not in known and not (field == "reference" and value in ("start", "base")):
                     raise ValueError(f"dpo arm '{arm.name}': {field} '{value}' is not sft or an earlier arm ({', '.join(known)})")
             known.append(arm.name)
+        corpora = {source.path for source in self.corpus.sources}
+        for section, grader in (("ai_labels", self.ai_labels.grader), ("evaluate", self.evaluate.grader)):
+            if grader.train.kind == "cmv" and grader.train.path in corpora:
+                raise ValueError(
+                    f"{section}.grader is trained on all pairs of a corpus that this recipe reads ({grader.train.path}), evaluation threads "
+                    "included. Train it on grader_pairs (of the SFT pool) or judge_pairs (of no pool), or on another corpus"
+                )
         if not self.evaluate.allow_same_grader:
             label, judge = self.ai_labels.grader, self.evaluate.grader
             if label.kind == judge.kind or label.train == judge.train:
@@ -410,14 +418,18 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise UsageError(f"--set {override}: write key=value, for example --set sft.epochs=1.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: the value is not valid YAML ({error}).") from error
     node: Any = data
     parts = key.split(".")
     for part in parts[:-1]:
         node = _descend(node, part, override)
     if isinstance(node, list):
-        node[_index(node, parts[-1], override)] = yaml.safe_load(text)
+        node[_index(node, parts[-1], override)] = value
     elif isinstance(node, dict):
-        node[parts[-1]] = yaml.safe_load(text)
+        node[parts[-1]] = value
     else:
         raise UsageError(f"--set {override}: {'.'.join(parts[:-1])} is a value, not a section.")
 
@@ -451,7 +463,9 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
             holder["grader"], base = _read_yaml(file), file.parent
         if isinstance(holder.get("grader"), dict):
             _make_absolute(holder["grader"].get("train"), base)
-    for source in (data.get("corpus") or {}).get("sources") or [] if isinstance(data.get("corpus"), dict) else []:
+    corpus = data.get("corpus")
+    sources = corpus.get("sources") if isinstance(corpus, dict) else None
+    for source in sources if isinstance(sources, list) else []:
         _make_absolute(source, folder)
     _make_absolute((data.get("human_labels") or {}).get("source") if isinstance(data.get("human_labels"), dict) else None, folder)
     model = data.get("model")

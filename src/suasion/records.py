@@ -234,12 +234,17 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     return count
 
 
+def json_text(value: Any) -> str:
+    """Indented JSON with sorted keys: what `write_json` writes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON with sorted keys, by rename. NaN is refused: a number is a number or absent."""
     temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=2, allow_nan=False)
+    text = json_text(value)
     with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text + "\n")
+        handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)

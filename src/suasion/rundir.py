@@ -25,9 +25,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from suasion.errors import UsageError, UserError
 from suasion.recipe import Recipe, dump_recipe
-from suasion.records import canonical_json, read_json, sha256_file, write_json
+from suasion.records import canonical_json, json_text, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
+ATTEMPT = "attempt.json"  # which recipe slice, inputs and hardware an unfinished folder belongs to
+JOURNAL = "journal.jsonl"  # finished batches of a row-wise stage
+CHECKPOINTS = "checkpoints"  # states of a training
+WORKING = (ATTEMPT, JOURNAL, CHECKPOINTS)  # what resuming needs; removed once the manifest is in place
 PACKAGES = ("suasion", "torch", "transformers", "trl", "peft", "accelerate", "numpy", "scikit-learn", "sentence-transformers")
 
 State = Literal["absent", "unfinished", "complete"]
@@ -93,14 +97,12 @@ class StageResult:
     """What a stage's function hands back; it becomes part of the manifest.
 
     facts: JSON values that later stages, `verify` and the report read (first losses, agreement, notes such as "simulated").
-    external: name -> sha256 of inputs from outside the run (a corpus, an imported file), under names free of paths.
     """
 
     rows_in: int = 0
     rows_out: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    external: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,7 +159,9 @@ class RunDir:
             manifest = Manifest.model_validate(read_json(path))
         except ValidationError as error:
             raise UserError(f"{path} is not a manifest of this version: {error.errors()[0]['msg']}. {_redo(stage)}") from error
-        if manifest.digest != manifest.computed_digest():
+        if manifest.digest != manifest.computed_digest() or path.read_text(encoding="utf-8") != json_text(
+            manifest.model_dump(mode="json")
+        ):
             raise UserError(f"{path} was changed after it was written. {_redo(stage)}")
         return manifest
 
@@ -183,9 +187,18 @@ class RunDir:
         return hashes
 
     def complete(
-        self, stage: str, recipe_slice: dict[str, Any], inputs: dict[str, str], result: StageResult, hardware: dict[str, Any]
+        self,
+        stage: str,
+        recipe: dict[str, Any],
+        inputs: dict[str, str],
+        external: dict[str, str],
+        result: StageResult,
+        hardware: dict[str, Any],
     ) -> Manifest:
-        """Hash what the stage wrote and put the manifest in place, last and by rename."""
+        """Hash what the stage wrote and put the manifest in place, last and by rename.
+
+        external: name -> sha256 of inputs from outside the run, under names free of paths.
+        """
         folder = self.folder(stage)
         outputs = {
             name: OutputFile(sha256=sha256_file(folder / name), bytes=(folder / name).stat().st_size)
@@ -193,8 +206,8 @@ class RunDir:
         }
         manifest = Manifest(
             stage=stage,
-            recipe=recipe_slice,
-            inputs={**inputs, **{f"external:{key}": value for key, value in result.external.items()}},
+            recipe=recipe,
+            inputs={**inputs, **{f"external:{key}": value for key, value in external.items()}},
             outputs=outputs,
             rows_in=result.rows_in,
             rows_out=result.rows_out,
@@ -207,6 +220,15 @@ class RunDir:
         manifest.digest = manifest.computed_digest()
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
+
+    def clear_working_files(self, stage: str) -> None:
+        """Remove what only resuming needs, after the manifest: a process that dies in between has lost nothing."""
+        for name in WORKING:
+            path = self.folder(stage) / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def write_recipe(self, recipe: Recipe) -> None:
         """The resolved recipe, beside the stages."""
@@ -255,21 +277,26 @@ class RunDir:
 
 
 def relative_files(folder: Path) -> Iterator[str]:
-    """Every file below a stage folder but its manifest, as posix paths."""
+    """Every artefact below a stage folder, as posix paths: all files but the manifest and the working files."""
     for path in folder.rglob("*"):
-        if path.is_file() and path.name != MANIFEST:
-            yield path.relative_to(folder).as_posix()
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST and name.split("/")[0] not in WORKING:
+            yield name
 
 
-def differences(manifest: Manifest, recipe_slice: dict[str, Any], inputs: dict[str, str]) -> list[str]:
-    """What changed since a stage was made, in words; empty when nothing did. External inputs are compared by the stage itself."""
+def differences(manifest: Manifest, recipe: dict[str, Any], inputs: dict[str, str], external: dict[str, str]) -> list[str]:
+    """What changed since a stage was made, in words; empty when nothing did."""
     changes = [
         f"recipe: {key} was {_short(old)}, is now {_short(new)}"
-        for key, (old, new) in sorted(_flat_differences(manifest.recipe, recipe_slice).items())
+        for key, (old, new) in sorted(_flat_differences(manifest.recipe, recipe).items())
     ]
-    for name in sorted(inputs.keys() | manifest.inputs_of_run().keys()):
-        if manifest.inputs.get(name) != inputs.get(name):
-            changes.append(f"input: {name} changed")
+    for title, before, now in (
+        ("input", manifest.inputs_of_run(), inputs),
+        ("outside the run", manifest.external_inputs(), external),
+    ):
+        changes += [
+            f"{title}: {name} changed" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
+        ]
     return changes
 
 
@@ -295,14 +322,18 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the source tree, '' outside one."""
+    """Commit of the source tree, marked where the package's files differ from it; '' outside one."""
+    here = Path(__file__).parent
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=10
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False, timeout=10)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."], cwd=here, capture_output=True, text=True, check=False, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    if done.returncode != 0:
+        return ""
+    return done.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 def _redo(stage: str) -> str:

@@ -16,12 +16,13 @@ from suasion.errors import UserError
 from suasion.pipeline import needs_people, recipe_slice, stages
 from suasion.pools import eval_seal
 from suasion.recipe import Recipe, dump_recipe
-from suasion.records import Example, OutcomePair, Preference, Prompt, Response, read_rows, sha256_file
+from suasion.records import Example, OutcomePair, Preference, Prompt, Response, read_json_lines, read_rows, sha256_file
 from suasion.rundir import Manifest, RunDir, relative_files
 from suasion.status import load_run
-from suasion.training.losses import zero_margin_loss
+from suasion.training.losses import FIRST_LOSS_TOLERANCE, LOGPROB_TOLERANCE, zero_margin_loss
 
-FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+ONE_TO_ONE = ("sft", "sample")  # stages in which every row in is a row out or dropped
+ROWS_OUT = {"sample": "pairs.jsonl", "ai-labels": "verdicts.jsonl", "evaluate": "verdicts.jsonl", "dpo": "reference.jsonl"}
 
 
 def verify_run(path: Path) -> tuple[list[str], list[str]]:
@@ -93,10 +94,22 @@ def _links(directory: RunDir, recipe: Recipe, name: str, manifest: Manifest, man
         for file, digest in directory.input_hashes(name, stage.inputs).items():
             if manifest.inputs.get(file) != digest:
                 yield f"{name} was made from another {file}"
-    if name not in ("preferences", "report", "evaluate", "ai-labels", "human-labels", "pools", "corpus") and (
-        manifest.rows_in != manifest.rows_out + sum(manifest.dropped.values())
-    ):
+    if name in ONE_TO_ONE and manifest.rows_in != manifest.rows_out + sum(manifest.dropped.values()):
         yield f"{name}: {manifest.rows_in} rows in are not {manifest.rows_out} out and {sum(manifest.dropped.values())} dropped"
+    counted = sum(_lines(directory.folder(name) / file) for file in _row_files(name, manifest))
+    if _row_files(name, manifest) and counted != manifest.rows_out:
+        yield f"{name}: {counted} rows in its files, {manifest.rows_out} in its manifest"
+
+
+def _row_files(name: str, manifest: Manifest) -> list[str]:
+    """The files whose lines are a stage's rows out."""
+    if name == "preferences":
+        return [file for file in manifest.outputs if file.endswith(".jsonl")]
+    return [ROWS_OUT["dpo" if name.startswith("dpo-") else name]] if name.split("-")[0] == "dpo" or name in ROWS_OUT else []
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _pools(directory: RunDir, recipe: Recipe, manifests: dict[str, Manifest]) -> Iterator[str]:
@@ -152,8 +165,11 @@ def _lineages(directory: RunDir, recipe: Recipe, manifests: dict[str, Manifest])
     """Sampling used the SFT model, every arm started where the recipe says, and the evaluated models are those trained here."""
     if "sft" not in manifests:
         return
-    lineage = {"sft": manifests["sft"].facts["lineage"], "base": manifests["sft"].facts["start_lineage"]}
-    if manifests["sample"].facts["lineage"] != lineage["sft"]:
+    base = manifests["sft"].facts["base_hash"]
+    lineage = {model: _lineage(directory, recipe, base, model) for model in ("base", "sft")}
+    if manifests["sft"].facts["lineage"] != lineage["sft"]:
+        yield "sft: the adapter is not the one that its manifest names"
+    if {response.lineage for response in read_rows(directory.folder("sample") / "responses.jsonl", Response)} - {lineage["sft"]}:
         yield "sample did not use this run's SFT model"
     for arm in recipe.dpo:
         manifest = manifests.get(f"dpo-{arm.name}")
@@ -164,7 +180,9 @@ def _lineages(directory: RunDir, recipe: Recipe, manifests: dict[str, Manifest])
             yield f"dpo {arm.name} did not start from {arm.start}"
         if manifest.facts["reference_lineage"] != lineage.get(reference):
             yield f"dpo {arm.name}: the reference is not {reference}"
-        lineage[arm.name] = manifest.facts["lineage"]
+        lineage[arm.name] = _lineage(directory, recipe, base, arm.name)
+        if manifest.facts["lineage"] != lineage[arm.name]:
+            yield f"dpo {arm.name}: the adapter is not the one that its manifest names"
     for model, value in manifests["evaluate"].facts["models"].items() if "evaluate" in manifests else ():
         if lineage.get(model) != value:
             yield f"evaluate used another {model} than the one trained here"
@@ -173,16 +191,29 @@ def _lineages(directory: RunDir, recipe: Recipe, manifests: dict[str, Manifest])
         yield f"stages rendered text in different ways (template hashes {', '.join(sorted(hashes))})"
 
 
+def _lineage(directory: RunDir, recipe: Recipe, base: str, model: str) -> str:
+    """The lineage hash of a model, from the adapters on disk."""
+    from suasion.models import lineage_hash
+    from suasion.training.dpo import adapter_stages
+
+    return lineage_hash(base, [directory.folder(name) / "adapter" for name in adapter_stages(recipe, model)])
+
+
 def _losses(directory: RunDir, recipe: Recipe, manifests: dict[str, Manifest]) -> Iterator[str]:
     """The first loss of an arm equals its value at zero margin where policy and reference are one model, and stored log-probs agree."""
     for arm in recipe.dpo:
         manifest = manifests.get(f"dpo-{arm.name}")
-        if manifest is None or manifest.facts["expected_first_loss"] is None:
+        if manifest is None or arm.reference not in ("start", arm.start):
             continue
         metrics = (directory.folder(f"dpo-{arm.name}") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         expected, first = zero_margin_loss(arm.loss, arm.beta), json.loads(metrics[0])["loss"]
         if abs(first - expected) > FIRST_LOSS_TOLERANCE[manifest.dtype] * max(1.0, expected):
             yield f"dpo {arm.name}: first loss {first:.6f}, expected {expected:.6f}"
-        sampled = [p for p in read_rows(directory.folder("preferences") / f"{arm.name}.jsonl", Preference) if p.on_policy]
-        if sampled and arm.start == "sft" and not manifest.facts["logprobs_checked"]:
-            yield f"dpo {arm.name}: no stored log-probability was compared with the reference's"
+        rows = read_rows(directory.folder("preferences") / f"{arm.name}.jsonl", Preference)
+        reference = {row["id"]: row for _, row in read_json_lines(directory.folder(f"dpo-{arm.name}") / "reference.jsonl")}
+        for row in rows:
+            for side, response in (("chosen", row.chosen), ("rejected", row.rejected)):
+                if not row.on_policy or row.id not in reference or response.logprob is None or not response.tokens:
+                    continue
+                if abs(reference[row.id][side] - response.logprob) > LOGPROB_TOLERANCE[manifest.dtype] * len(response.tokens):
+                    yield f"dpo {arm.name}: the reference's log-prob of response {response.id} is not the one stored when it was sampled"

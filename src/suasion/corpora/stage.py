@@ -79,7 +79,6 @@ def run_stage(stage: StageContext) -> StageResult:
         rows_out=kept + kept_pairs,
         dropped=dict(sorted(dropped.items())),
         facts={"examples": kept, "outcome_pairs": kept_pairs},
-        external=external_hashes(recipe),
     )
 
 

@@ -15,12 +15,11 @@ from suasion.chat import Renderer, as_text
 from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise
 from suasion.grading.base import Comparison, require_canaries, source_name, train_grader
 from suasion.grading.measure import measure
-from suasion.grading.pairs import load_training_pairs, read_sampled_pairs, training_hashes
+from suasion.grading.pairs import load_training_pairs, read_sampled_pairs
 from suasion.models import compute, load_tokenizer
 from suasion.progress import console
-from suasion.recipe import Recipe
 from suasion.records import Example, Response, Verdict, read_json, read_rows, write_json, write_rows
-from suasion.rundir import StageContext, StageResult, package_versions
+from suasion.rundir import JOURNAL, StageContext, StageResult, package_versions
 from suasion.sampling.respond import Journal, respond
 from suasion.training.dpo import start_lineage
 
@@ -38,7 +37,7 @@ def run_stage(stage: StageContext) -> StageResult:
 
     # Nothing is drawn again here: a model that does not stop must show it.
     settings = recipe.sample.model_copy(update={"resample": 0})
-    journal = Journal(stage.folder / "journal.jsonl")
+    journal = Journal(stage.folder / JOURNAL)
     said: dict[str, dict[str, Response]] = {}
     for name in models:
         rows = respond(
@@ -56,7 +55,7 @@ def run_stage(stage: StageContext) -> StageResult:
         said[name] = {row.prompt_id: row for row in rows}
 
     spec = recipe.evaluate.grader
-    training, external = load_training_pairs(
+    training = load_training_pairs(
         spec.train, stage.input("pools", "grader_pairs.jsonl"), stage.input("pools", "judge_pairs.jsonl")
     )
     measured = measure(spec, training, recipe.seed)
@@ -73,7 +72,6 @@ def run_stage(stage: StageContext) -> StageResult:
         for first, second in combinations(texts, 2):
             asked.append((prompt.id, prompt.conversation_id, first, second))
             items.append(Comparison(context, texts[first] or "", texts[second] or ""))
-    grader.neutralise_length(items)
     canaries = require_canaries(grader, items)
     verdicts = [
         ModelVerdict(
@@ -111,7 +109,6 @@ def run_stage(stage: StageContext) -> StageResult:
     write_json(stage.folder / "models.json", {"models": {name: lineages[name].hash for name in models}})
     write_rows(stage.folder / "verdicts.jsonl", verdicts)
     write_json(stage.folder / "summary.json", summary)
-    journal.path.unlink(missing_ok=True)
     return StageResult(
         rows_in=len(examples),
         rows_out=len(verdicts),
@@ -121,13 +118,7 @@ def run_stage(stage: StageContext) -> StageResult:
             "grader": facts["grader"],
             "agreement": agreement,
         },
-        external=external,
     )
-
-
-def external_hashes(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the evaluation grader's training data, where it lies outside the run."""
-    return training_hashes(recipe.evaluate.grader.train)
 
 
 def arm_facts(trained: dict[str, Any], own: dict[str, Response], sft: dict[str, Response]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ model against the human reply. `summarise` is pure: equal rows give equal bytes 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
@@ -25,13 +26,14 @@ from suasion.evaluation.statistics import (
     resample_weights,
     sign_flip_p,
 )
-from suasion.recipe import Recipe
+from suasion.recipe import DpoArm, Recipe
 from suasion.records import Example, Label, Response, Row, content_id
 from suasion.seeding import generator
 
 HUMAN = "human"
 ALPHA = 0.05
 POWER = 0.8
+NOT_TRAINING = {"name", "labels", "pool", "matched", "micro_batch_size", "checkpoints", "report_to"}  # no effect, or the point
 
 
 class ModelVerdict(Row):
@@ -90,7 +92,7 @@ def summarise(
         "facts": facts,
     }
     summary["headline"] = wording.headline(summary)
-    summary["caveats"] = wording.caveats(summary, recipe)
+    summary["caveats"] = wording.caveats(summary, recipe, controls(recipe))
     rounded: dict[str, Any] = _rounded(summary)
     return rounded
 
@@ -139,11 +141,47 @@ class Scoreboard:
         return mean_estimate(scores, self.clusters, self.weights, confidence or self.recipe.evaluate.confidence)
 
 
+@dataclass(frozen=True)
+class Control:
+    """A matched arm, the human arm that it is the control of, and what besides the source of feedback sets them apart."""
+
+    matched: str
+    human: str
+    same_pairs: bool
+    differing: tuple[str, ...]
+
+    @property
+    def planned(self) -> bool:
+        """Whether comparing the two compares the source of feedback alone."""
+        return self.same_pairs and not self.differing
+
+
+def controls(recipe: Recipe) -> list[Control]:
+    """Each matched arm with the human arm most like it: the same start first, then the fewest differing training fields."""
+    found = []
+    for arm in (arm for arm in recipe.dpo if arm.matched):
+        rivals = [(other.name, _differing(arm, other)) for other in recipe.dpo if other.labels == "human"]
+        if rivals:
+            human, differing = min(rivals, key=lambda rival: ("start" in rival[1], len(rival[1])))
+            found.append(Control(arm.name, human, not wording.imported_texts(recipe), differing))
+    return found
+
+
 def primary_pairs(recipe: Recipe) -> list[tuple[str, str]]:
     """The comparisons decided on beforehand: each trained model against base, and the source of feedback alone."""
-    names = recipe.model_names()
-    pairs = [(name, "base") for name in names if name != "base"]
-    return [*pairs, ("rlaif-matched", "rlhf")] if {"rlaif-matched", "rlhf"} <= set(names) else pairs
+    pairs = [(name, "base") for name in recipe.model_names() if name != "base"]
+    return [*pairs, *((control.matched, control.human) for control in controls(recipe) if control.planned)]
+
+
+def _differing(one: DpoArm, other: DpoArm) -> tuple[str, ...]:
+    """Fields in which two arms train differently. A reference "start" is the start model by another name."""
+
+    def training(arm: DpoArm) -> dict[str, Any]:
+        reference = arm.start if arm.reference == "start" else arm.reference
+        return {**arm.model_dump(exclude=NOT_TRAINING), "reference": reference}
+
+    ours, theirs = training(one), training(other)
+    return tuple(field for field in ours if ours[field] != theirs[field])
 
 
 def simulated_models(recipe: Recipe) -> set[str]:

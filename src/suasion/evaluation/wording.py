@@ -6,9 +6,12 @@ The report, the Markdown paper and the terminal all print these sentences; none 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from suasion.recipe import ImportedLabels, Recipe
+
+if TYPE_CHECKING:
+    from suasion.evaluation.summary import Control
 
 PROVES_NOTHING_BELOW = 100  # prompts: fewer cannot see a true win rate under 65% even with a perfect grader
 
@@ -45,6 +48,12 @@ def listed(items: list[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
+def imported_texts(recipe: Recipe) -> bool:
+    """Whether people judged imported texts of another model: human arms then share no pair with any other arm."""
+    source = recipe.human_labels.source
+    return isinstance(source, ImportedLabels) and source.layout == "preferences"
+
+
 def headline(summary: dict[str, Any]) -> list[str]:
     """Which feedback helped, by how much, how sure: a few sentences, the most important first."""
     n = summary["n"]["prompts"]
@@ -52,9 +61,8 @@ def headline(summary: dict[str, Any]) -> list[str]:
     labels = {model["name"]: model["label"] for model in summary["models"]}
     against_base = [c for c in summary["comparisons"] if c["second"] == "base" and c["first"] != "human"]
     sentences.extend(_against_base(against_base, labels))
-    source = next((c for c in summary["comparisons"] if (c["first"], c["second"]) == ("rlaif-matched", "rlhf")), None)
-    if source is not None:
-        sentences.append(_source_of_feedback(source, labels))
+    planned = [c for c in summary["comparisons"] if c["family"] == "primary" and c["second"] != "base"]
+    sentences.extend(_source_of_feedback(comparison, labels) for comparison in planned)
     sentences.extend(_against_people(summary, labels))
     if n >= PROVES_NOTHING_BELOW:
         sentences.append(_sensitivity(summary))
@@ -78,8 +86,8 @@ def proves_nothing(summary: dict[str, Any]) -> bool:
     return bool(summary["n"]["prompts"] < PROVES_NOTHING_BELOW)
 
 
-def caveats(summary: dict[str, Any], recipe: Recipe) -> list[str]:
-    """What stands between these numbers and a conclusion, most serious first."""
+def caveats(summary: dict[str, Any], recipe: Recipe, controls: list[Control]) -> list[str]:
+    """What stands between these numbers and a conclusion, most serious first. controls: as `summary.controls` finds them."""
     facts, n = summary["facts"], summary["n"]
     labels = {model["name"]: model["label"] for model in summary["models"]}
     found = [
@@ -96,18 +104,8 @@ def caveats(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     if recipe.evaluate.allow_same_grader:
         found.append("The recipe lets the labelling grader judge the result: its own arms are favoured.")
     found.append("Intervals cover prompts, not training runs: another seed would give another model.")
-    second = [labels[arm.name] for arm in recipe.dpo if arm.start != "sft" and arm.name in labels]
-    if second:
-        found.append(
-            f"Off-policy second stage: {listed(second)} learned from responses of sft, not of the model it started from."
-        )
-    imported = [labels[arm.name] for arm in recipe.dpo if arm.labels == "human" and arm.name in labels]
-    if isinstance(recipe.human_labels.source, ImportedLabels) and recipe.human_labels.source.layout == "preferences" and imported:
-        found.append(f"Off-policy human labels: {listed(imported)} learned from imported responses that another model wrote.")
-    if {"rlaif", "rlhf"} <= labels.keys():
-        found.append(
-            "rlaif and rlhf differ in data, size and settings; only rlaif-matched against rlhf compares the source of feedback alone."
-        )
+    found.extend(_off_policy_caveats(recipe, labels))
+    found.extend(_source_caveats(recipe, labels, [c for c in controls if {c.matched, c.human} <= labels.keys()]))
     reasons: dict[str, list[str]] = {}
     for name, reason in sorted((facts.get("waiting") or {}).items()):
         reasons.setdefault(reason, []).append(name)
@@ -198,6 +196,45 @@ def _arm_caveats(facts: dict[str, Any], labels: dict[str, str]) -> list[str]:
         f"{name} did not move: its training left it practically where it started, so its result says nothing about its feedback."
         for name in still
     ]
+
+
+def _off_policy_caveats(recipe: Recipe, labels: dict[str, str]) -> list[str]:
+    trained = [arm for arm in recipe.dpo if arm.name in labels]
+    imported = [arm for arm in trained if arm.labels == "human"] if imported_texts(recipe) else []
+    second = [labels[arm.name] for arm in trained if arm.start != "sft" and arm not in imported]
+    found = []
+    if second:
+        found.append(
+            f"Off-policy second stage: {listed(second)} learned from responses of sft, not of the model it started from."
+        )
+    if imported:
+        names = listed([labels[arm.name] for arm in imported])
+        found.append(f"Off-policy human labels: {names} learned from imported responses that another model wrote.")
+    return found
+
+
+def _source_caveats(recipe: Recipe, labels: dict[str, str], controls: list[Control]) -> list[str]:
+    """Which comparison is of the source of feedback alone, and why another is not. controls: of models that exist."""
+    found = []
+    ai = [labels[arm.name] for arm in recipe.dpo if arm.labels == "ai" and not arm.matched and arm.name in labels]
+    human = [labels[arm.name] for arm in recipe.dpo if arm.labels == "human" and arm.name in labels]
+    if ai and human:
+        alone = [f"{labels[c.matched]} against {labels[c.human]}" for c in controls if c.planned]
+        fair = f"only {listed(alone)} compares it alone" if alone else "no comparison of this run compares it alone"
+        found.append(f"{listed([*ai, *human])} differ in more than the source of feedback; {fair}.")
+    for control in controls:
+        matched, people = labels[control.matched], labels[control.human]
+        if not control.same_pairs:
+            found.append(
+                f"{matched} learned from AI labels on this run's own pairs, {people} from human labels on texts of another model: "
+                "comparing them compares two recipes, not the source of feedback."
+            )
+        if control.differing:
+            found.append(
+                f"{matched} against {people} is no planned comparison of the source of feedback: they also differ in "
+                f"{listed(list(control.differing))}."
+            )
+    return found
 
 
 def _grader_caveat(facts: dict[str, Any]) -> str:

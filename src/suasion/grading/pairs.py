@@ -47,10 +47,8 @@ class SampledPair:
         return Comparison(as_text(self.prompt.turns), self.a.text, self.b.text)
 
 
-def load_training_pairs(
-    data: recipe.PairData, grader_pairs: Path | None, judge_pairs: Path | None
-) -> tuple[list[TrainingPair], dict[str, str]]:
-    """The pairs a recipe names, and name -> sha256 of what was read from outside the run.
+def load_training_pairs(data: recipe.PairData, grader_pairs: Path | None, judge_pairs: Path | None) -> list[TrainingPair]:
+    """The pairs a recipe names.
 
     grader_pairs, judge_pairs: the run's files of OutcomePair rows. Raises UserError where data is missing or empty.
     """
@@ -69,7 +67,7 @@ def load_training_pairs(
             f"there are no outcome pairs of kind {data.kind} to train a grader on. PersuasionForGood has none (no two replies to one "
             "context): train on kind cmv or ukp with a path; judge_pairs need pools.judge_conversations above 0."
         )
-    return pairs, training_hashes(data)
+    return pairs
 
 
 def training_hashes(data: recipe.PairData) -> dict[str, str]:

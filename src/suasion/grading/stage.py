@@ -13,9 +13,8 @@ from typing import Any
 
 from suasion.grading.base import longer, require_canaries, source_name, to_verdict, train_grader
 from suasion.grading.measure import measure
-from suasion.grading.pairs import SampledPair, load_training_pairs, read_sampled_pairs, training_hashes
+from suasion.grading.pairs import SampledPair, load_training_pairs, read_sampled_pairs
 from suasion.progress import console
-from suasion.recipe import Recipe
 from suasion.records import Verdict, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
 
@@ -26,7 +25,7 @@ SHOWN_WEIGHTS = 20
 def run_stage(stage: StageContext) -> StageResult:
     """See the module's docstring."""
     spec, seed = stage.recipe.ai_labels.grader, stage.recipe.seed
-    training, external = load_training_pairs(
+    training = load_training_pairs(
         spec.train, stage.input("pools", "grader_pairs.jsonl"), stage.input("pools", "judge_pairs.jsonl")
     )
     pairs = read_sampled_pairs(
@@ -86,12 +85,7 @@ def run_stage(stage: StageContext) -> StageResult:
             "largest_weights": grader.largest_weights(SHOWN_WEIGHTS),
         },
     )
-    return StageResult(rows_in=len(pairs), rows_out=len(verdicts), facts=facts, external=external)
-
-
-def external_hashes(recipe: Recipe) -> dict[str, str]:
-    """name -> sha256 of what this stage reads from outside the run."""
-    return training_hashes(recipe.ai_labels.grader.train)
+    return StageResult(rows_in=len(pairs), rows_out=len(verdicts), facts=facts)
 
 
 def label_facts(pairs: Sequence[SampledPair], verdicts: Sequence[Verdict]) -> dict[str, Any]:

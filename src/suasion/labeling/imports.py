@@ -11,7 +11,6 @@ persuaded: a guess would put words into the persuader's mouth.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -21,6 +20,7 @@ from typing import Any
 
 from suasion.corpora.cmv import clean, clean_post
 from suasion.errors import UserError
+from suasion.pools import conversation_hash
 from suasion.records import Preference, Prompt, Response, Turn, content_id, read_json_lines, turns_key
 
 LINEAGE = "imported"
@@ -44,13 +44,8 @@ class Imported:
     unfinished: int
 
 
-def conversation_hash(conversation_id: str) -> str:
-    """As in the pools stage's held_out.json: sealed conversations are compared without being read."""
-    return hashlib.sha256(conversation_id.encode()).hexdigest()
-
-
 def import_preferences(path: Path, source: str, held_out: Collection[str]) -> Imported:
-    """Read a labelled file. `held_out`: hashes of conversations that may not be trained on.
+    """Read a labelled file. `held_out`: hashes (`suasion.pools`) of conversations that may not be trained on.
 
     Raises UserError with file and line for a row that does not fit.
     """

@@ -16,7 +16,7 @@ from suasion.grading.pairs import SampledPair, read_sampled_pairs
 from suasion.labeling.annotator import SOURCE, annotate
 from suasion.labeling.imports import import_preferences
 from suasion.recipe import ImportedLabels, Recipe
-from suasion.records import Preference, Verdict, read_json, read_rows, sha256_file, write_rows
+from suasion.records import Preference, Verdict, content_id, read_json, read_rows, sha256_file, turns_key, write_rows
 from suasion.rundir import StageContext, StageResult
 
 
@@ -36,12 +36,11 @@ def run_stage(stage: StageContext) -> StageResult:
             f"human labels are missing: there is no file at {path}, and {len(pairs)} rlhf pairs want one. Put the labels there (or set "
             "human_labels.source.path) and run again; arms that need no human labels go on without them."
         )
-    external = external_hashes(stage.recipe)
     if settings.layout == "verdicts":
         verdicts, unknown = _read_verdicts(settings, pairs)
         facts = {"source": settings.source, "simulated": False, "layout": "verdicts", **_facts(verdicts)}
         dropped = {"verdict on a pair outside the rlhf pool": unknown} if unknown else {}
-        return _write(stage, StageResult(len(pairs), 0, dropped, facts, external), verdicts, [])
+        return _write(stage, StageResult(len(pairs), 0, dropped, facts), verdicts, [])
     imported = import_preferences(path, settings.source, _held_out(stage.input("pools", "held_out.json")))
     if not imported.preferences:
         raise UserError(
@@ -63,7 +62,7 @@ def run_stage(stage: StageContext) -> StageResult:
     dropped = dict(imported.dropped)
     if len(fitting) < len(imported.preferences):
         dropped["context does not fit"] = len(imported.preferences) - len(fitting)
-    return _write(stage, StageResult(imported.labelled, 0, dropped, facts, external), [], fitting)
+    return _write(stage, StageResult(imported.labelled, 0, dropped, facts), [], fitting)
 
 
 def fit_contexts(preferences: Sequence[Preference], recipe: Recipe) -> list[Preference]:
@@ -81,7 +80,11 @@ def fit_contexts(preferences: Sequence[Preference], recipe: Recipe) -> list[Pref
     for preference in preferences:
         turns = fit_context(preference.prompt.turns, budget, True, count_tokens)
         if turns is not None:
-            fitting.append(preference.model_copy(update={"prompt": preference.prompt.model_copy(update={"turns": turns})}))
+            key = content_id("prompt", preference.prompt.corpus, preference.prompt.conversation_id, turns_key(turns))
+            prompt = preference.prompt.model_copy(update={"id": key, "turns": turns})
+            sides = {side: getattr(preference, side).model_copy(update={"prompt_id": key}) for side in ("chosen", "rejected")}
+            identity = content_id("preference", key, preference.chosen.id, preference.rejected.id)
+            fitting.append(preference.model_copy(update={"id": identity, "prompt": prompt, **sides}))
     return fitting
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from suasion.evaluation import wording
 from suasion.evaluation.summary import simulated_models
 from suasion.labeling.annotator import SOURCE
-from suasion.recipe import Recipe
+from suasion.recipe import DpoArm, Recipe
 from suasion.reporting.table import Column, Table, flat
 
 MISSING: Any = object()  # None is a fact of its own: a rate of nothing
@@ -200,7 +200,7 @@ def _pools(corpora: dict[str, Any], known: dict[str, Any], recipe: Recipe) -> Ta
     uses = {
         "sft": "trains sft",
         "rlaif": "pairs for AI labels",
-        "rlhf": "pairs for human and AI labels",
+        "rlhf": "pairs for AI labels" if wording.imported_texts(recipe) else "pairs for human and AI labels",
         "eval": "sealed, for the comparison",
     }
     rows = [
@@ -324,15 +324,6 @@ def _preferences(facts: dict[str, Any], recipe: Recipe, names: dict[str, str]) -
         sources = at(known, "sources")
         if isinstance(note := at(known, "note"), str):
             notes.append(f" {arm.name}: {note}.")
-        imported, trained = number(facts, "arms", arm.name, "off_policy"), number(facts, "arms", arm.name, "preferences")
-        if _known(imported) and imported > 0:
-            off_policy: Any = f"{imported:,} of {trained:,} imported" if _known(trained) else f"{imported:,} imported"
-        elif at(known, "on_policy") is False:
-            off_policy = "imported"
-        elif imported == 0 or at(known, "on_policy") is True:
-            off_policy = "no" if arm.start == "sft" else "second stage"
-        else:
-            off_policy = MISSING
         rows.append(
             _row(
                 arm=names.get(arm.name, f"{arm.name} (simulated)" if arm.name in concerned else arm.name),
@@ -346,15 +337,15 @@ def _preferences(facts: dict[str, Any], recipe: Recipe, names: dict[str, str]) -
                 unmatched=number(known, "unmatched"),
                 other=_total(known, *LEFT_OUT_OTHERWISE),
                 longer=number(known, "length_accuracy"),
-                off_policy=off_policy,
+                off_policy=_off_policy(arm, known, mapping(facts, "arms", arm.name), recipe),
             )
         )
     return Table(
         "preferences",
         "The preferences of each arm",
         "Kept and the four counts after it add up to the pairs. Conflicts: sources disagree, or one contradicts itself when the "
-        "order is swapped. Unmatched: without a decisive human label. Other: no verdict, or two equal responses. Off-policy, "
-        "second stage: written by sft, not by the model that the arm starts from." + "".join(notes),
+        "order is swapped. Unmatched: without a decisive human label. Other: no verdict, or two equal responses. Off-policy: "
+        "not written by the model that the arm starts from." + "".join(notes),
         (
             Column("arm", "Arm"),
             Column("sources", "Labelled by", "long"),
@@ -370,6 +361,21 @@ def _preferences(facts: dict[str, Any], recipe: Recipe, names: dict[str, str]) -
         rows if arms else [],
         NOT_RECORDED,
     )
+
+
+def _off_policy(arm: DpoArm, known: dict[str, Any], trained: dict[str, Any], recipe: Recipe) -> Any:
+    """How many of an arm's preferences its start model did not write, and who did. Older runs count imported ones only."""
+    count, of = number(trained, "off_policy"), number(trained, "preferences")
+    on_policy = at(known, "on_policy")
+    if not _known(count) and not isinstance(on_policy, bool):
+        return MISSING
+    imported = arm.labels == "human" and wording.imported_texts(recipe)
+    writer = "imported" if imported else "written by sft" if arm.start != "sft" else ""
+    none = count == 0 if _known(count) else on_policy is True
+    if none and not writer:
+        return "no"
+    share = f"{count:,} of {of:,}" if _known(count) and _known(of) and 0 < count < of else "all"
+    return f"{share}: {writer}" if writer else share
 
 
 def _total(known: Any, *keys: str) -> Any:

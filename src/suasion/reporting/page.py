@@ -13,10 +13,10 @@ import jinja2
 import yaml
 
 from suasion.evaluation import wording
-from suasion.evaluation.summary import HUMAN, ModelVerdict
-from suasion.recipe import Recipe
+from suasion.evaluation.summary import HUMAN, ModelVerdict, controls, primary_pairs
+from suasion.recipe import DpoArm, Recipe
 from suasion.records import Example, Response
-from suasion.reporting.making import RECORDED, judge_sentence, making, recorded, source_name
+from suasion.reporting.making import RECORDED, judge_sentence, making, number, recorded, source_name
 from suasion.reporting.table import Column, Table, portable
 from suasion.seeding import derive_seed
 
@@ -129,11 +129,12 @@ def _tables(
             continue
         known = (facts.get("arms") or {}).get(arm.name) or {}
         source = "human (simulated)" if arm.labels == "human" and simulated else arm.labels
+        texts = "imported texts" if arm.labels == "human" and wording.imported_texts(recipe) else f"{arm.pool} pool"
         moved = None if known.get("moved") is None else "yes" if known["moved"] else "did not move"
         arms.append(
             {
                 "arm": labels.get(arm.name, arm.name),
-                "labels": f"{source}, {arm.pool} pool",
+                "labels": f"{source}, {texts}",
                 "start": arm.start,
                 **known,
                 "moved": moved,
@@ -283,28 +284,60 @@ def _tables(
 
 def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[str]:
     """How it was done, in paragraphs."""
-    people = "labels of a simulated annotator, no person," if simulated else "human labels"
     grader, sample = recipe.ai_labels.grader, recipe.sample
     corpora = ", ".join(dict.fromkeys(source.kind.upper() for source in recipe.corpus.sources))
-    arms = "; ".join(
-        f"{arm.name} from {arm.start} on {'simulated human' if arm.labels == 'human' and simulated else arm.labels} labels of the "
-        f"{arm.pool} pool{' (the pairs that also have a decisive human label)' if arm.matched else ''}"
-        for arm in recipe.dpo
-    )
+    arms = "; ".join(f"{arm.name} from {arm.start} on {_labels_of(arm, recipe, simulated)}" for arm in recipe.dpo)
+    planned = [f"{first} against {second}" for first, second in primary_pairs(recipe) if second != "base"]
     return [
         f"Data: {corpora}. Conversations are split into disjoint pools; the evaluation pool is sealed: only the comparison and this report read it.",
-        f"Models: the base model is {portable(recipe.model.base)}. sft learns human replies that persuaded. For every prompt of the rlaif and rlhf "
-        f"pools sft writes two responses; AI labels come from a grader of kind “{grader.kind}”, and {people} cover the rlhf pool. "
-        f"Each arm is a DPO training: {arms}.",
+        f"Models: the base model is {portable(recipe.model.base)}. sft learns human replies{_persuaded(summary['facts'])}. For every prompt of "
+        f"the rlaif and rlhf pools sft writes two responses; AI labels come from a grader of kind “{grader.kind}”"
+        f"{_people(recipe, simulated)} Each arm is a DPO training: {arms}.",
         f"Comparison: each model writes one response a prompt (temperature {sample.temperature:g}, top-p {sample.top_p:g}, at most "
         f"{sample.max_new_tokens} tokens, equal random numbers for all). A grader of kind “{recipe.evaluate.grader.kind}” with other training rows judges "
         "every pair of models and each model against the real human reply, in both orders, which count as one observation. "
         "Identical responses are ties.",
         f"Statistics: exact sign test by conversation; Holm over {summary['power']['comparisons']} primary comparisons (each trained model "
-        "against base, and rlaif-matched against rlhf); equivalence by two one-sided tests. Intervals are Clopper–Pearson with ties as half "
+        f"against base{', and ' + wording.listed(planned) if planned else ''}); equivalence by two one-sided tests. Intervals are Clopper–Pearson with ties as half "
         "wins under 30 conversations and near 0 and 1, which ties make wider than needed; otherwise the expanded percentile bootstrap over "
         "conversations. Length-controlled rates come from a logistic regression read at equal length.",
     ]
+
+
+def _persuaded(facts: dict[str, Any]) -> str:
+    """How many of the replies that sft learns persuaded: the pool takes those first, and others where it needs more."""
+    share = number(facts, "counts", "sft", "persuaded_share")
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        return ""
+    if share in (0, 1):
+        return f", {'all' if share else 'none'} of which persuaded"
+    return f", {min(99, max(1, round(100 * share)))}% of which persuaded"
+
+
+def _people(recipe: Recipe, simulated: bool) -> str:
+    """The rest of the sentence on labels: what people labelled."""
+    if not wording.imported_texts(recipe):
+        return f", and {'labels of a simulated annotator, no person,' if simulated else 'human labels'} cover the rlhf pool."
+    text = (
+        ". Human labels were imported and are off-policy: people judged texts that another model wrote, none of this run's pairs."
+    )
+    matched = [control.matched for control in controls(recipe)]
+    if not matched:
+        return text
+    return (
+        f"{text} The AI-labelled control ({wording.listed(matched)}) uses this run's own pairs, so comparing it with a human arm "
+        "compares recipes, not the source of feedback."
+    )
+
+
+def _labels_of(arm: DpoArm, recipe: Recipe, simulated: bool) -> str:
+    """Whose labels an arm learns from, and on which pairs."""
+    imported = wording.imported_texts(recipe)
+    if arm.labels == "human" and imported:
+        return "imported human labels"
+    source = "simulated human" if arm.labels == "human" and simulated else arm.labels
+    decided = " (the pairs that also have a decisive human label)" if arm.matched and not imported else ""
+    return f"{source} labels of the {arm.pool} pool{decided}"
 
 
 def _examples(

@@ -11,15 +11,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from suasion.corpora.cmv import clean
+from suasion.corpora.convokit import Tally, read_utterances
+from suasion.corpora.stage import bundled_path, source_folder
 from suasion.errors import UserError
 from suasion.evaluation.metrics import ngrams, words
 from suasion.evaluation.summary import ModelVerdict
-from suasion.recipe import load_recipe
-from suasion.records import Example, Response, read_json, read_rows
+from suasion.grading.pairs import load_training_pairs
+from suasion.recipe import Recipe, load_recipe
+from suasion.records import Example, OutcomePair, Response, read_json, read_rows
 from suasion.reporting.figures import draw_all
 from suasion.reporting.page import build_page, render
 from suasion.reporting.stage import read_curves, write_markdown
-from suasion.rundir import Input
+from suasion.rundir import Input, RunDir
 
 RUN_WORDS = 12
 
@@ -74,6 +78,32 @@ def publish(run_path: Path, out_dir: Path, corpus_texts: Iterable[str]) -> int:
     return withheld
 
 
+def corpus_texts(recipe: Recipe, directory: RunDir) -> Iterator[str]:
+    """Every text of other people that a run has read, one at a time: what `publish` compares with.
+
+    These are the rows that the corpus stage kept (cut and cleaned as models saw them), everything in the corpora themselves, also
+    what the stage dropped, and what the graders learned from outside the run. Raises UserError where a corpus is no longer there.
+    """
+    yield from _own_rows(directory.folder("corpus"))
+    folders = {}
+    for source in recipe.corpus.sources:
+        if source.kind == "jsonl":
+            yield from _own_rows(source_folder(source))
+        else:
+            folders[source_folder(source).resolve()] = source.kind
+    for data in (recipe.ai_labels.grader.train, recipe.evaluate.grader.train):
+        if data.kind == "cmv":
+            folders[(bundled_path("cmv") if data.path == "bundled" else Path(data.path or "")).resolve()] = "cmv"
+        elif data.kind == "ukp":
+            for pair in load_training_pairs(data, None, None):
+                yield from (pair.winner, pair.loser)
+    for folder, kind in folders.items():
+        for text in _convokit_texts(folder):
+            yield text
+            if kind == "cmv":  # a link or an escaped sign interrupts a run of words that models saw whole
+                yield clean(text)
+
+
 def shares_run(text: str, runs: set[str], n: int = RUN_WORDS) -> bool:
     """Whether a text holds one of these n-word runs (as `word_runs` writes them), whatever its case, punctuation and line breaks."""
     return any(run in runs for run in word_runs(text, n))
@@ -82,6 +112,25 @@ def shares_run(text: str, runs: set[str], n: int = RUN_WORDS) -> bool:
 def word_runs(text: str, n: int = RUN_WORDS) -> Iterator[str]:
     """All runs of n neighbouring words of a text, in lower case with single spaces; none for shorter texts."""
     return (" ".join(run) for run in ngrams(words(text), n))
+
+
+def _own_rows(folder: Path) -> Iterator[str]:
+    """The texts of examples.jsonl and, where it is there, outcome_pairs.jsonl."""
+    for example in read_rows(folder / "examples.jsonl", Example):
+        yield from (turn.text for turn in example.turns)
+        yield example.reply or ""
+    if (folder / "outcome_pairs.jsonl").is_file():
+        for pair in read_rows(folder / "outcome_pairs.jsonl", OutcomePair):
+            yield from (*(turn.text for turn in pair.turns), pair.winner, pair.loser)
+
+
+def _convokit_texts(folder: Path) -> Iterator[str]:
+    """Every utterance of a ConvoKit corpus, and the texts in the conversations' metadata (a post's title and body)."""
+    for utterance in read_utterances(folder, Tally()):
+        yield utterance.text
+    for entry in read_json(folder / "conversations.json").values():
+        meta = entry.get("meta", entry) if isinstance(entry, dict) else {}
+        yield from (value for value in meta.values() if isinstance(value, str))
 
 
 def _without_corpus(examples: list[dict[str, Any]], found: set[str]) -> tuple[list[dict[str, Any]], int]:

@@ -7,7 +7,7 @@ from collections import Counter
 from suasion.chat import Renderer
 from suasion.models import Lineage, compute, load_tokenizer
 from suasion.records import Pair, PoolName, Prompt, Response, content_id, read_rows, write_rows
-from suasion.rundir import StageContext, StageResult
+from suasion.rundir import JOURNAL, StageContext, StageResult
 from suasion.sampling.respond import Journal, count_flags, is_finished, respond
 
 
@@ -35,7 +35,7 @@ def run_stage(stage: StageContext) -> StageResult:
     pools: tuple[PoolName, PoolName] = ("rlaif", "rlhf")
     prompts = [(pool, prompt) for pool in pools for prompt in read_rows(stage.input("pools", f"{pool}.jsonl"), Prompt)]
     lineage = Lineage(recipe.model, (stage.input("sft", "adapter"),))
-    journal = Journal(stage.folder / "journal.jsonl")
+    journal = Journal(stage.folder / JOURNAL)
     responses = respond(
         lineage,
         [prompt for _, prompt in prompts],
@@ -51,7 +51,6 @@ def run_stage(stage: StageContext) -> StageResult:
     pairs, dropped = pairs_of(prompts, {(row.prompt_id, row.n): row for row in responses}, recipe.sample.unfinished == "drop")
     write_rows(stage.folder / "responses.jsonl", responses)
     write_rows(stage.folder / "pairs.jsonl", pairs)
-    journal.path.unlink(missing_ok=True)
     return StageResult(
         rows_in=len(prompts),
         rows_out=len(pairs),

@@ -7,13 +7,14 @@ they are an artefact, so that a resumed training cannot drift from them and `ver
 Checked on every run, because "what is the reference model" is where this goes wrong silently:
 - the start model's lineage hash is the one that wrote the on-policy responses, and its log-probability of each equals the
   stored one (the base against itself would also give a first loss of ln 2);
-- the first loss equals its zero-margin value, since the fresh adapter changes nothing yet.
+- every pair's first loss has the value that the stored log-probs give (ln 2 where policy and reference are one model), since the
+  fresh adapter changes nothing yet.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,12 @@ from suasion.recipe import DpoArm
 from suasion.records import Preference, canonical_json, read_json_lines, read_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.seeding import derive_seed
-from suasion.training.loop import arguments, train
-from suasion.training.losses import preference_loss, zero_margin_loss
+from suasion.training.loop import arguments, optimiser_steps, train
+from suasion.training.losses import FIRST_LOSS_TOLERANCE, LOGPROB_TOLERANCE, preference_loss, zero_margin_loss
 from suasion.training.prefix import Packed, pack, reply_logits, sum_logprobs, token_kl
 
-FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, stored while sampling against the reference pass
 KL_PAIRS = 5
+FEWEST_STEPS = 12
 MOVED_KL = 1e-4  # nats a token; below this a training has not changed what the model says
 
 
@@ -48,6 +48,7 @@ class PairIds:
     rejected: tuple[int, ...]
     weight: float
     reference: tuple[float, float] | None = None
+    first_loss: float = 0.0  # what the loss must be while the fresh adapter changes nothing
 
 
 def pair_ids(preference: Preference, renderer: Renderer) -> PairIds:
@@ -115,9 +116,21 @@ class DpoTrainer(Trainer):  # type: ignore[misc]
         rewards = self.arm.beta * (sums - reference)
         margins = (sums - reference)[:, 0] - (sums - reference)[:, 1]
         losses = preference_loss(margins, self.arm.loss, self.arm.beta, self.arm.label_smoothing)
+        if self.state.global_step == 0:
+            self._check_first_losses(inputs, losses)
         self._collect(inputs, sums, rewards, weights)
         loss: torch.Tensor = (losses * weights).sum() / num_items_in_batch * self.args.world_size
         return loss
+
+    def _check_first_losses(self, pairs: list[PairIds], losses: torch.Tensor) -> None:
+        """Before the first update every loss is known; another value means another reference, and nothing may be learned from it."""
+        for pair, loss in zip(pairs, losses.tolist(), strict=True):
+            if not abs(loss - pair.first_loss) <= FIRST_LOSS_TOLERANCE[self.hardware.dtype] * max(1.0, pair.first_loss):
+                raise UserError(
+                    f"dpo {self.arm.name}: the first loss of preference {pair.id} is {loss:.6f}, the start and reference models give "
+                    f"{pair.first_loss:.6f}. The reference is not the one that the recipe names: nothing was trained. Run again with "
+                    f"--redo dpo-{self.arm.name}; if it stays, report it as a defect."
+                )
 
     @torch.no_grad()
     def _collect(self, pairs: list[PairIds], sums: torch.Tensor, rewards: torch.Tensor, weights: torch.Tensor) -> None:
@@ -156,13 +169,12 @@ def run_stage(stage: StageContext) -> StageResult:
 
     start = start_lineage(stage, arm.start)
     policy = load_policy(start, arm.lora, recipe.seed, hardware.device)
-    if arm.reference in ("start", arm.start):
-        reference_model, reference_lineage = policy, start
-    else:
-        reference_lineage = start_lineage(stage, arm.reference)
-        reference_model = load_merged(reference_lineage, hardware.device)
+    own = arm.reference in ("start", arm.start)
+    reference_lineage = start if own else start_lineage(stage, arm.reference)
+    reference_model = policy if own else load_merged(reference_lineage, hardware.device)
     reference = reference_logprobs(reference_model, fitting, hardware, stage.folder / "reference.jsonl")
-    fitting = [PairIds(**{**vars(pair), "reference": reference[pair.id]}) for pair in fitting]
+    started = reference if own else reference_logprobs(policy, fitting, hardware, stage.folder / "start.jsonl")
+    fitting = [with_reference(pair, reference[pair.id], started[pair.id], arm) for pair in fitting]
     checked = check_stored_logprobs(preferences, reference, reference_lineage.hash, hardware, arm.name)
     length_accuracy = longer_wins(fitting)
     if length_accuracy >= 0.75:
@@ -170,17 +182,14 @@ def run_stage(stage: StageContext) -> StageResult:
             f"  [yellow]dpo {arm.name}: in {length_accuracy:.0%} of the preferences the longer response is chosen; the model may learn length.[/]"
         )
 
+    steps = optimiser_steps(len(fitting), arm)
+    if steps < FEWEST_STEPS:
+        console.print(f"  [yellow]dpo {arm.name}: {len(fitting)} preferences give {steps} optimiser steps; it may not move.[/]")
     trainer = DpoTrainer(
         model=policy, arm=arm, hardware=hardware, train_dataset=fitting,
         args=arguments(TrainingArguments, arm, stage.folder, hardware, len(fitting), recipe.seed, f"dpo-{arm.name}"),
     )  # fmt: skip
     metrics = train(trainer, stage.folder, f"dpo-{arm.name}", arm.batch_size, "pairs")
-    expected = zero_margin_loss(arm.loss, arm.beta) if reference_model is policy else None
-    if expected is not None and abs(metrics[0]["loss"] - expected) > FIRST_LOSS_TOLERANCE[hardware.dtype] * max(1.0, expected):
-        raise UserError(
-            f"dpo {arm.name}: the first loss is {metrics[0]['loss']:.6f} but policy = reference gives {expected:.6f}. The reference is not the "
-            f"start model: nothing was kept. Run again with --redo dpo-{arm.name}; if it stays, report it as a defect."
-        )
     save_adapter(policy, stage.folder / "adapter", recipe.model)
     kl = kl_to_start(policy, fitting, hardware, recipe.seed)
     warn(arm.name, metrics)
@@ -197,7 +206,7 @@ def run_stage(stage: StageContext) -> StageResult:
             "template_hash": renderer.template_hash,
             "steps": metrics[-1]["step"],
             "first_loss": metrics[0]["loss"],
-            "expected_first_loss": expected,
+            "expected_first_loss": zero_margin_loss(arm.loss, arm.beta) if own else None,
             "dtype": hardware.dtype,
             "final_loss": metrics[-1]["loss"],
             "final_margin": sum(row["margin"] for row in tail) / len(tail),
@@ -210,6 +219,13 @@ def run_stage(stage: StageContext) -> StageResult:
             "longer_is_chosen": length_accuracy,
         },
     )
+
+
+def with_reference(pair: PairIds, reference: tuple[float, float], started: tuple[float, float], arm: DpoArm) -> PairIds:
+    """The pair with its reference log-probs and the loss that they and the start model's give: at zero margin where both are one."""
+    margin = (started[0] - reference[0]) - (started[1] - reference[1])
+    loss = preference_loss(torch.tensor([margin], dtype=torch.float64), arm.loss, arm.beta, arm.label_smoothing)
+    return replace(pair, reference=reference, first_loss=float(loss))
 
 
 def start_lineage(stage: StageContext, model: str) -> Lineage:
@@ -231,12 +247,20 @@ def check_stored_logprobs(
 ) -> int:
     """Compare the reference's log-prob of every response with the one stored when it was sampled. Returns how many were compared.
 
-    Only responses that the reference itself wrote can be compared; for a second-stage arm (rlaif-rlhf) there are none.
+    Only responses that the reference itself wrote can be compared; for a second-stage arm (rlaif-rlhf) there are none. Raises UserError
+    where a log-prob differs, or where a response that counts as the start model's own was written by another model.
     """
     compared = 0
     for preference in preferences:
         for side, response in enumerate((preference.chosen, preference.rejected)):
-            if response.lineage != lineage or response.logprob is None or not response.tokens or preference.id not in reference:
+            if response.logprob is None or not response.tokens or preference.id not in reference:
+                continue
+            if response.lineage != lineage:
+                if preference.on_policy:
+                    raise UserError(
+                        f"dpo {arm}: response {response.id} was sampled from model {response.lineage}, this arm's reference is {lineage}. The "
+                        "start model or the base model's files changed since: run again with --redo sample."
+                    )
                 continue
             difference = abs(response.logprob - reference[preference.id][side]) / len(response.tokens)
             if difference > LOGPROB_TOLERANCE[hardware.dtype]:

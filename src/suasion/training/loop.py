@@ -19,6 +19,7 @@ from suasion.errors import UserError
 from suasion.models import Compute
 from suasion.recipe import TrainingSection
 from suasion.records import canonical_json
+from suasion.rundir import CHECKPOINTS
 from suasion.seeding import derive_seed
 
 MARK = "complete"
@@ -45,7 +46,7 @@ def arguments(
     seed32 = derive_seed(seed, "training", purpose) % 2**31
     save_every = math.ceil(steps / (section.checkpoints + 1)) if section.checkpoints else 0
     return kind(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=section.micro_batch_size,
         gradient_accumulation_steps=section.batch_size // section.micro_batch_size,
         num_train_epochs=section.epochs,
@@ -74,16 +75,17 @@ def arguments(
 
 
 def train(trainer: Trainer, folder: Path, purpose: str, unit_per_step: int, unit: str) -> list[dict[str, Any]]:
-    """Train, or go on from the newest complete checkpoint; returns the metrics rows. Checkpoints are removed at the end."""
-    checkpoint = newest_checkpoint(folder / "checkpoints")
+    """Train, or go on from the newest complete checkpoint; returns the metrics rows."""
+    checkpoint = newest_checkpoint(folder / CHECKPOINTS)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics = MetricsFile(folder / "metrics.jsonl", keep_until=done)
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
     trainer.add_callback(_Watch(metrics, purpose, unit_per_step, unit, done))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics.close()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "metrics.jsonl has a gap"
+    return rows
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -109,9 +111,10 @@ class MetricsFile:
                 break  # a line torn by a kill is the last one
             if row["step"] <= keep_until:
                 kept.append(line)
-        self._handle = path.open("w", encoding="utf-8")
-        self._handle.writelines(line + "\n" for line in kept)
-        self._handle.flush()
+        temporary = path.with_name(path.name + ".tmp")  # by rename: a kill here must not lose what the checkpoint counts on
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._handle = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""

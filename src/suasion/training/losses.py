@@ -11,6 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token, stored while sampling against the reference pass
+
 
 def preference_loss(margins: torch.Tensor, loss: str, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
     """Loss of each pair. margins: [n] in nats; returns [n].

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning on human replies that persuaded: `pools/sft.jsonl` -> `adapter/`, `metrics.jsonl`.
+"""Supervised fine-tuning on human replies, those that persuaded first: `pools/sft.jsonl` -> `adapter/`, `metrics.jsonl`.
 
 TRL's SFTTrainer on rows that chat.py has rendered: its own tokenising, masking and truncation are switched off, the labels are
 ours. The loss covers the reply and its stop token, and is the mean over tokens of the whole optimiser step. Off the GPU the loss
 is computed here: TRL's head then scores every position, prompts included, which halves the speed of a small model on a CPU
-(94 against 190 tokens/s, see docs/benchmarks.md).
+(94 against 178 tokens/s, see docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Lineage, compute, load_policy, load_tokenizer, save_adapter
+from suasion.models import Lineage, base_hash, compute, load_policy, load_tokenizer, save_adapter
 from suasion.records import Example, read_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.training.loop import arguments, train
@@ -57,6 +57,12 @@ class ReplyHeadTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
 
+def persuaded_share(examples: list[Example]) -> float | None:
+    """Share of the examples whose reply persuaded; None where no outcome is known."""
+    known = [example.outcome > 0 for example in examples if example.outcome is not None]
+    return round(sum(known) / len(known), 4) if known else None
+
+
 def run_stage(stage: StageContext) -> StageResult:
     """Train the SFT adapter on the base model."""
 
@@ -88,6 +94,8 @@ def run_stage(stage: StageContext) -> StageResult:
             "start_lineage": lineage.hash,
             "lineage": lineage.extended(stage.folder / "adapter").hash,
             "template_hash": renderer.template_hash,
+            "base_hash": base_hash(recipe.model),
+            "persuaded_share": persuaded_share(examples),
             "stop_token": renderer.stop_id,
             "steps": metrics[-1]["step"],
             "first_loss": metrics[0]["loss"],

@@ -1,0 +1,157 @@
+"""The plan: token counts over rates, the pools that the corpus can fill, and honest words about what is assumed."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from suasion import planning
+from suasion.errors import UserError
+from suasion.evaluation.power import detectable_win_rate
+from suasion.evaluation.summary import primary_pairs
+from suasion.planning import (
+    Lengths,
+    Plan,
+    Rates,
+    StagePlan,
+    detectable,
+    make_plan,
+    mean_lengths,
+    print_plan,
+    sft_rows,
+    stage_plans,
+)
+from suasion.recipe import Recipe, load_recipe
+from suasion.records import Example, Turn
+
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+RATES = Rates(prefill=1000.0, decode=100.0, train=500.0, weight_bytes=1)
+LENGTHS = Lengths(context=200.0, reply=50.0)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe(TINY)
+
+
+def by_stage(plans: list[StagePlan]) -> dict[str, StagePlan]:
+    return {plan.stage: plan for plan in plans}
+
+
+def example(n: int, reply: str | None = "You could try it for one week.") -> Example:
+    turns = (Turn(role="user", text=f"Number {n} is the best number."),)
+    return Example(id=str(n), corpus="own", conversation_id=str(n), author=str(n), turns=turns, reply=reply, outcome=None)
+
+
+def preferences(path: Path, count: int) -> Path:
+    rows = [
+        {
+            "prompt": f"[SYSTEM] Be honest.\n\n[CONTEXT]\nOriginal Post: Trams of line {n} are loud.\n\n[TASK]\nReply.\n",
+            "chosen": f"Line {n} was made quieter.",
+            "rejected": "No.",
+            "metadata": {"conversation_id": f"t{n}", "preference": "1", "is_equal": n == 0},
+        }
+        for n in range(count + 1)  # the first is a tie
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def with_labels(path: Path) -> Recipe:
+    return load_recipe(TINY, (f"human_labels.source={{kind: file, layout: preferences, path: {path}}}",))
+
+
+def test_seconds_are_tokens_over_rates(recipe: Recipe) -> None:
+    plans = by_stage(stage_plans(recipe, LENGTHS, RATES, rows=32))
+    load = planning.MODEL_LOAD_SECONDS
+    assert list(plans)[:3] == ["corpus", "pools", "sft"]
+    assert plans["sft"].steps == 4 * 4
+    assert plans["sft"].seconds == pytest.approx(4 * 32 * 250 / 500 + load)
+    assert plans["sample"].rows == 2 * 28
+    assert plans["sample"].seconds == pytest.approx(28 * 200 / 1000 + 1.1 * 56 * 50 / 100 + load)
+    assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif"].steps) == (16, 16)
+    assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-matched"].rows == plans["human-labels"].rows == 12
+    assert plans["dpo-rlaif"].seconds == pytest.approx(16 * 300 / 1000 + 4 * 16 * 300 / 500 + 2 * 5 * 300 / 1000 + load)
+    assert plans["evaluate"].rows == 8 * 6
+
+
+def test_each_rate_matters_where_it_should(recipe: Recipe) -> None:
+    def slower(**rates: float) -> set[str]:
+        before, after = (by_stage(stage_plans(recipe, LENGTHS, r, 32)) for r in (RATES, replace(RATES, **rates)))
+        return {name for name in before if after[name].seconds > before[name].seconds}
+
+    trained = {"sft", "dpo-rlaif", "dpo-rlhf", "dpo-rlaif-rlhf", "dpo-rlaif-matched"}
+    assert slower(train=50.0) == trained
+    assert slower(decode=10.0) == {"sample", "evaluate"}
+    assert slower(prefill=10.0) == {"sample", "evaluate"} | trained - {"sft"}
+
+
+def test_human_arms_train_on_the_imported_rows(recipe: Recipe) -> None:
+    plans = by_stage(stage_plans(recipe, LENGTHS, RATES, rows=32, imported=160))
+    assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-rlhf"].rows == plans["human-labels"].rows == 160
+    assert plans["dpo-rlhf"].steps == 6 * 40
+    assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif-matched"].rows) == (16, 12)
+
+
+def test_responses_are_no_longer_than_allowed(recipe: Recipe) -> None:
+    long, longest = (stage_plans(recipe, Lengths(200.0, reply), RATES, 32) for reply in (128.0, 1280.0))
+    assert by_stage(long)["sample"] == by_stage(longest)["sample"]
+
+
+def test_the_rest_is_what_the_pools_leave(recipe: Recipe) -> None:
+    sizes = {"sft": 77, "rlaif": 16, "rlhf": 12, "eval": 8, "judge_conversations": 24}
+    assert sft_rows(recipe, sizes) == 32
+    assert sft_rows(load_recipe(TINY, ("pools.sft=rest",)), sizes) == 77
+
+
+def test_mean_lengths_are_of_rendered_examples_with_a_reply(recipe: Recipe, renderer) -> None:
+    rendered = renderer.render(example(1).turns, example(1).reply)
+    bare = [example(n, None) for n in range(300)]
+    bare[7] = example(1)  # a stride over all rows would miss it
+    assert mean_lengths(recipe, bare) == Lengths(len(rendered.prompt_ids), len(rendered.reply_ids))
+    with pytest.raises(UserError, match="no human reply"):
+        mean_lengths(recipe, bare[:7])
+
+
+def test_what_is_detectable_names_its_assumptions(recipe: Recipe) -> None:
+    lines = detectable(recipe)
+    count = len(primary_pairs(recipe))
+    assert count == 6
+    assert lines[1] == (f"{count} primary comparisons, a perfect judge, no ties", detectable_win_rate(8, comparisons=count))
+    assert "if the judge is right 65% of the time and 10% are ties" in lines[2][0]
+
+
+def test_warnings(recipe: Recipe) -> None:
+    stages = [StagePlan("sft", 9, 20, 1.0), StagePlan("dpo-a", 0, 0, 1.0), StagePlan("sample", 9, 0, 1.0)]
+    sizes = {"sft": 32, "rlaif": 15, "rlhf": 12, "eval": 8, "judge_conversations": 24}
+    found = planning.warnings(recipe, Plan("x", stages, RATES, disk_bytes=2, free_bytes=1, attainable=sizes))
+    assert [line.split()[0] for line in found] == ["dpo-a", "pools.rlaif", "needs"]
+
+
+def test_a_plan_of_the_tiny_recipe(tmp_path: Path) -> None:
+    recipe = with_labels(preferences(tmp_path / "labels.jsonl", 5))
+    plan = make_plan(recipe, tmp_path / "runs" / "none", seconds=0.2)
+    stages = by_stage(plan.stages)
+    assert plan.attainable == {"sft": 32, "rlaif": 16, "rlhf": 12, "eval": 8, "judge_conversations": 24}
+    assert stages["dpo-rlhf"].rows == 5
+    assert all(item.seconds > 0 for item in plan.stages)
+    assert min(plan.rates.prefill, plan.rates.decode, plan.rates.train) > 0
+    assert plan.rates.decode < 1e7  # the difference of two timings, not its floor
+    assert not (tmp_path / "runs").exists()
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_plan(plan, console)
+    text = console.export_text()
+    assert "6 primary comparisons, if the judge is right 65% of the time" in text
+    assert "pools this corpus can fill: sft 32" in text
+
+
+def test_labels_that_are_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure", lambda recipe, seconds: RATES)
+    plan = make_plan(with_labels(tmp_path / "labels.jsonl"), tmp_path, seconds=0)
+    assert by_stage(plan.stages)["dpo-rlhf"].rows == 12
+    assert "no human labels at" in plan.warnings[0]
