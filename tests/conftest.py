@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from suasion.recipe import ModelSection
+
+# A busy machine must not fail a property: deadlines are for benchmarks.
+hypothesis.settings.register_profile("suasion", deadline=None)
+hypothesis.settings.load_profile("suasion")
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from suasion import planning
@@ -121,7 +122,6 @@ def test_mean_lengths_are_of_rendered_examples_with_a_reply(recipe: Recipe, rend
 def test_what_is_detectable_names_its_assumptions(recipe: Recipe) -> None:
     lines = detectable(recipe)
     count = len(primary_pairs(recipe))
-    assert count == 6
     assert lines[1] == (f"{count} primary comparisons, a perfect judge, no ties", detectable_win_rate(8, comparisons=count))
     assert "if the judge is right 65% of the time and 10% are ties" in lines[2][0]
 
@@ -133,7 +133,16 @@ def test_warnings(recipe: Recipe) -> None:
     assert [line.split()[0] for line in found] == ["dpo-a", "pools.rlaif", "needs"]
 
 
-def test_a_plan_of_the_tiny_recipe(tmp_path: Path) -> None:
+@pytest.fixture
+def one_thread():
+    """Two threads of a tiny model wait for one another most of the time when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_plan_of_the_tiny_recipe(tmp_path: Path, one_thread: None) -> None:
     recipe = with_labels(preferences(tmp_path / "labels.jsonl", 5))
     plan = make_plan(recipe, tmp_path / "runs" / "none", seconds=0.2)
     stages = by_stage(plan.stages)
@@ -146,7 +155,7 @@ def test_a_plan_of_the_tiny_recipe(tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     print_plan(plan, console)
     text = console.export_text()
-    assert "6 primary comparisons, if the judge is right 65% of the time" in text
+    assert f"{len(primary_pairs(recipe))} primary comparisons, if the judge is right 65% of the time" in text
     assert "pools this corpus can fill: sft 32" in text
 
 

@@ -244,12 +244,13 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
 
     def forward() -> None:
         with torch.no_grad(), hardware.autocast():
-            reply_logits(policy, packed)
+            reply_logits(policy, packed).sum().item()
 
     def step() -> None:
         with hardware.autocast():
             logits = reply_logits(policy, packed)
         sum_logprobs(logits, packed).sum().backward()  # type: ignore[no-untyped-call]
+        next(p.grad for p in policy.parameters() if p.grad is not None).sum().item()
         policy.zero_grad()
 
     policy.eval()
@@ -307,7 +308,8 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _seconds_each(action: Callable[[], None], budget: float) -> float:
-    action()  # warm up
+    """Seconds a call, after one to warm up. The actions end in a number read from the device, so that queued work is counted."""
+    action()
     began = time.perf_counter()
     count = 0
     while count < 2 or time.perf_counter() - began < budget:
