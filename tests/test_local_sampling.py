@@ -21,7 +21,7 @@ def model(tiny):
 
 def draws(count=6, responses=1):
     rng = np.random.default_rng(0)
-    prompts = [tuple(rng.integers(10, 4000, size=4 + 5 * i).tolist()) for i in range(count)]
+    prompts = [tuple(rng.integers(10, 1900, size=4 + 5 * i).tolist()) for i in range(count)]
     return [Draw(f"p{i}", prompt, n) for i, prompt in enumerate(prompts) for n in range(responses)]
 
 
