@@ -126,7 +126,7 @@ def test_imported_labels_train_the_human_arms_and_leave_matched_its_own_pairs():
 
 
 def test_describe_by_hand():
-    facts = preferences.describe([preferences.to_preference(sampled(0), "a", ("x",)), imported_row(0)])
+    facts = preferences.describe([preferences.to_preference(sampled(0), "a", ("x",), True), imported_row(0)])
     assert facts["length_accuracy"] == 0.5  # 3 tokens over 1, then 7 characters against 17
     assert facts["finish"] == {"chosen": {"length": 1, "unknown": 1}, "rejected": {"stop": 1, "unknown": 1}}
     assert (facts["on_policy"], facts["sources"]) == (False, ["people", "x"])
