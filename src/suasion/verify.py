@@ -21,7 +21,7 @@ from suasion.rundir import Manifest, RunDir, relative_files
 from suasion.status import load_run
 from suasion.training.losses import FIRST_LOSS_TOLERANCE, LOGPROB_TOLERANCE, zero_margin_loss
 
-ONE_TO_ONE = ("sft", "sample")  # stages in which every row in is a row out or dropped
+ONE_TO_ONE = ("sft", "sample")  # with the dpo arms: stages in which every row in is a row out or dropped
 ROWS_OUT = {"sample": "pairs.jsonl", "ai-labels": "verdicts.jsonl", "evaluate": "verdicts.jsonl", "dpo": "reference.jsonl"}
 
 
@@ -94,10 +94,11 @@ def _links(directory: RunDir, recipe: Recipe, name: str, manifest: Manifest, man
         for file, digest in directory.input_hashes(name, stage.inputs).items():
             if manifest.inputs.get(file) != digest:
                 yield f"{name} was made from another {file}"
-    if name in ONE_TO_ONE and manifest.rows_in != manifest.rows_out + sum(manifest.dropped.values()):
+    if (name in ONE_TO_ONE or name.startswith("dpo-")) and manifest.rows_in != manifest.rows_out + sum(manifest.dropped.values()):
         yield f"{name}: {manifest.rows_in} rows in are not {manifest.rows_out} out and {sum(manifest.dropped.values())} dropped"
-    counted = sum(_lines(directory.folder(name) / file) for file in _row_files(name, manifest))
-    if _row_files(name, manifest) and counted != manifest.rows_out:
+    files = _row_files(name, manifest)
+    counted = sum(_lines(directory.folder(name) / file) for file in files)
+    if files and counted != manifest.rows_out:
         yield f"{name}: {counted} rows in its files, {manifest.rows_out} in its manifest"
 
 
@@ -105,7 +106,8 @@ def _row_files(name: str, manifest: Manifest) -> list[str]:
     """The files whose lines are a stage's rows out."""
     if name == "preferences":
         return [file for file in manifest.outputs if file.endswith(".jsonl")]
-    return [ROWS_OUT["dpo" if name.startswith("dpo-") else name]] if name.split("-")[0] == "dpo" or name in ROWS_OUT else []
+    kind = "dpo" if name.startswith("dpo-") else name
+    return [ROWS_OUT[kind]] if kind in ROWS_OUT else []
 
 
 def _lines(path: Path) -> int:

@@ -175,7 +175,7 @@ def run_stage(stage: StageContext) -> StageResult:
     reference = reference_logprobs(reference_model, fitting, hardware, stage.folder / "reference.jsonl")
     started = reference if own else reference_logprobs(policy, fitting, hardware, stage.folder / "start.jsonl")
     fitting = [with_reference(pair, reference[pair.id], started[pair.id], arm) for pair in fitting]
-    checked = check_stored_logprobs(preferences, reference, reference_lineage.hash, hardware, arm.name)
+    checked = check_stored_logprobs(preferences, started, start.hash, hardware, arm.name)
     length_accuracy = longer_wins(fitting)
     if length_accuracy >= 0.75:
         console.print(
@@ -258,7 +258,7 @@ def check_stored_logprobs(
             if response.lineage != lineage:
                 if preference.on_policy:
                     raise UserError(
-                        f"dpo {arm}: response {response.id} was sampled from model {response.lineage}, this arm's reference is {lineage}. The "
+                        f"dpo {arm}: response {response.id} was sampled from model {response.lineage}, this arm starts from {lineage}. The "
                         "start model or the base model's files changed since: run again with --redo sample."
                     )
                 continue
