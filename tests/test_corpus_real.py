@@ -13,9 +13,10 @@ from suasion.corpora.convokit import Tally
 from suasion.corpora.stage import run_stage
 from suasion.corpora.stats import source_stats
 from suasion.pools import link, split
-from suasion.recipe import PoolsSection, Recipe
+from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, read_json, read_json_lines, read_rows
 from suasion.rundir import StageContext, StageResult
+from suasion.sections.corpus import PoolsSection
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 THREADS, CHARITY = DATA / "winning-args-corpus", DATA / "persuasionforgood-corpus"

@@ -13,12 +13,13 @@ import torch
 from suasion.errors import UsageError, UserError
 from suasion.models import Compute, Lineage, load_merged
 from suasion.pipeline import recipe_slice
-from suasion.recipe import EndpointEngine, SampleSection, validate_recipe
+from suasion.recipe import validate_recipe
 from suasion.records import Prompt, Turn
 from suasion.sampling import endpoint
 from suasion.sampling.draws import Draw
 from suasion.sampling.endpoint import EndpointSampler, Fault, read_answer, request_body, retry_after
 from suasion.sampling.respond import Journal, respond
+from suasion.sections.sampling import EndpointEngine, SampleSection
 from suasion.training.losses import logprob_tolerance
 
 CPU = Compute("cpu", "float32", 2)

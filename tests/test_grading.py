@@ -14,17 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from suasion import recipe
 from suasion.errors import UserError
 from suasion.grading import base, embedding, features, measure, pairs, stage
 from suasion.grading.base import BASELINES, COIN, FIRST_POSITION, LONGER_WINS, BradleyTerryGrader, Comparison, Judgement
 from suasion.grading.pairs import TrainingPair
 from suasion.labeling import annotator
+from suasion.recipe import Recipe, validate_recipe
 from suasion.records import OutcomePair, Pair, Prompt, Response, Turn, Verdict, read_json, read_rows, write_rows
 from suasion.rundir import Input, StageContext
+from suasion.sections import grading as sections
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-TRAIN = recipe.PairData(kind="grader_pairs")
+TRAIN = sections.PairData(kind="grader_pairs")
 TOPICS = ("trams", "school uniforms", "night shifts", "paper maps", "city bees", "cold showers", "old phones", "loud cafes")
 GOOD = (
     "because the figures of last year show it",
@@ -65,12 +66,12 @@ def training_pairs(count: int = 48) -> list[TrainingPair]:
     return made
 
 
-def embedding_spec(**fields) -> recipe.EmbeddingGrader:
-    return recipe.EmbeddingGrader(kind="embedding", train=TRAIN, **fields)
+def embedding_spec(**fields) -> sections.EmbeddingGrader:
+    return sections.EmbeddingGrader(kind="embedding", train=TRAIN, **fields)
 
 
-def ngram_spec(**fields) -> recipe.NgramGrader:
-    return recipe.NgramGrader(kind="ngram", train=TRAIN, **fields)
+def ngram_spec(**fields) -> sections.NgramGrader:
+    return sections.NgramGrader(kind="ngram", train=TRAIN, **fields)
 
 
 SPECS = {
@@ -332,14 +333,14 @@ def test_ukp_reader(tmp_path):
     with pytest.raises(UserError, match="line 2"):
         pairs.read_ukp(file)
     with pytest.raises(UserError, match="found 1"):
-        pairs.load_training_pairs(recipe.PairData(kind="ukp", path=str(tmp_path)), None, None)
+        pairs.load_training_pairs(sections.PairData(kind="ukp", path=str(tmp_path)), None, None)
 
 
 def test_real_ukp_has_its_published_size():
     folder = DATA / "ukpconvarg1"
     if not folder.is_dir():
         pytest.skip("../shared/data/ukpconvarg1 is not there")
-    spec = recipe.PairData(kind="ukp", path=str(folder))
+    spec = sections.PairData(kind="ukp", path=str(folder))
     rows, hashes = pairs.load_training_pairs(spec, None, None), pairs.training_hashes(spec)
     assert len(rows) == 11650
     assert len({row.group for row in rows}) == 16
@@ -356,7 +357,7 @@ def outcome_row(i: int, corpus: str = "cmv") -> OutcomePair:
 
 def test_cmv_pairs_come_from_the_corpus_reader(tmp_path, monkeypatch):
     monkeypatch.setattr("suasion.corpora.cmv.outcome_pairs", lambda folder: [outcome_row(i) for i in range(3)])
-    spec = recipe.PairData(kind="cmv", path=str(tmp_path))
+    spec = sections.PairData(kind="cmv", path=str(tmp_path))
     with pytest.raises(UserError, match=r"utterances\.jsonl is missing"):
         pairs.load_training_pairs(spec, None, None)
     (tmp_path / "utterances.jsonl").write_text("x")
@@ -411,8 +412,8 @@ def sampled(pool: str, count: int) -> tuple[list[Prompt], list[Response], list[P
     return prompts, responses, made
 
 
-def make_recipe(**sections) -> recipe.Recipe:
-    return recipe.validate_recipe(
+def make_recipe(**changes) -> Recipe:
+    return validate_recipe(
         {
             "name": "test",
             "corpus": {"sources": [{"kind": "cmv"}]},
@@ -420,13 +421,13 @@ def make_recipe(**sections) -> recipe.Recipe:
             "human_labels": {"source": {"kind": "simulated"}},
             "dpo": [{"name": "rlaif", "labels": "ai", "pool": "rlaif"}],
             "evaluate": {"grader": {"kind": "ngram", "train": {"kind": "judge_pairs"}}},
-            **sections,
+            **changes,
         },
         "test",
     )
 
 
-def stage_context(tmp_path: Path, name: str, settings: recipe.Recipe, files: list[tuple[str, str]]) -> StageContext:
+def stage_context(tmp_path: Path, name: str, settings: Recipe, files: list[tuple[str, str]]) -> StageContext:
     folder = tmp_path / name
     folder.mkdir(exist_ok=True)
     inputs = {Input(source, file): tmp_path / source / file for source, file in files}
@@ -503,4 +504,4 @@ def test_every_shipped_grader_file_is_valid():
     files = sorted((Path(__file__).parents[1] / "graders").glob("*.yaml"))
     assert files
     for file in files:
-        TypeAdapter(recipe.Grader).validate_python(yaml.safe_load(file.read_text()))
+        TypeAdapter(sections.Grader).validate_python(yaml.safe_load(file.read_text()))

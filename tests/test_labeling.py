@@ -20,9 +20,9 @@ from suasion.labeling.agreement import Labelled
 from suasion.labeling.desk import Desk
 from suasion.labeling.store import Store
 from suasion.labeling.work import make_work
-from suasion.recipe import SimulatedAnnotator
 from suasion.records import Pair, Preference, Prompt, Response, Turn, Verdict, read_rows, write_json, write_rows
 from suasion.rundir import Input, StageContext
+from suasion.sections.labeling import SimulatedAnnotator
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PLAIN = "We went home. It was late. He was fine. She was not. We all sat down. It was ok."

@@ -18,7 +18,7 @@ from suasion.labeling.events import conflicts, fold, labels_digest, open_tasks, 
 from suasion.labeling.store import Store
 from suasion.labeling.work import make_work
 from suasion.preferences import settle
-from suasion.recipe import LabellingPage
+from suasion.sections.labeling import LabellingPage
 
 PAGE = LabellingPage(kind="page")
 

@@ -6,11 +6,11 @@ import torch
 from scipy.stats import chisquare
 
 from suasion.models import Compute, Lineage, load_merged
-from suasion.recipe import SampleSection
 from suasion.sampling import local
 from suasion.sampling.draws import Draw
 from suasion.sampling.local import choose, decode, penalise, plan_batches
 from suasion.sampling.respond import Journal, at_limit, flags, longest_copy, repeated_share
+from suasion.sections.sampling import SampleSection
 from suasion.seeding import derive_seed, gumbel
 
 CPU = Compute("cpu", "float32", 2)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from suasion.errors import UserError
 from suasion.pools import apportion, attainable, conversation_hash, eval_seal, link, run_stage, split
-from suasion.recipe import PoolsSection, Recipe
+from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, Prompt, Turn, content_id, read_json, read_rows, write_rows
 from suasion.rundir import Input, StageContext
+from suasion.sections.corpus import PoolsSection
 
 WORDS = [f"{a}{b}" for a in "bcdfghjklmnprstvwz" for b in ("ale", "ime", "ond", "ush", "ark")]
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from suasion import preferences, recipe
 from suasion.errors import UserError
 from suasion.grading.pairs import SampledPair
-from suasion.recipe import DpoArm, PreferencesSection
 from suasion.records import Pair, Preference, Prompt, Response, Turn, Verdict, read_json, read_rows, write_rows
 from suasion.rundir import Input, StageContext
+from suasion.sections.labeling import PreferencesSection
+from suasion.sections.training import DpoArm
 
 DROP, FIRST = PreferencesSection(), PreferencesSection(conflicts="first")
 RLAIF = DpoArm(name="rlaif", labels="ai", pool="rlaif")

@@ -11,9 +11,10 @@ import pytest
 
 from suasion.chat import Renderer
 from suasion.models import BUNDLED, Compute, Lineage, base_folder, load_tokenizer
-from suasion.recipe import EndpointEngine, ModelSection, SampleSection
 from suasion.records import Prompt, Turn
 from suasion.sampling.respond import Journal, respond
+from suasion.sections.sampling import EndpointEngine, SampleSection
+from suasion.sections.training import ModelSection
 
 pytestmark = pytest.mark.slow  # two copies of the bundled model start and decode: half a minute on two cores
 

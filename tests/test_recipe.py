@@ -1,20 +1,33 @@
 """Recipes: every shipped one loads, every field is read somewhere, and what is wrong is named."""
 
+import importlib
+import pkgutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from suasion import recipe as recipe_module
+from suasion import sections
 from suasion.errors import UsageError
-from suasion.recipe import Recipe, Section, dump_recipe, load_recipe, validate_recipe
+from suasion.recipe import Recipe, dump_recipe, load_recipe, validate_recipe
+from suasion.sections.base import Section
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
-SOURCES = [path.read_text() for path in (REPOSITORY / "src").rglob("*.py") if path.name != "recipe.py"]
-SECTIONS = [
-    kind for kind in vars(recipe_module).values() if isinstance(kind, type) and issubclass(kind, Section) and kind is not Section
+SOURCES = [
+    path.read_text() for path in (REPOSITORY / "src").rglob("*.py") if path.name != "recipe.py" and path.parent.name != "sections"
 ]
+MODULES = [importlib.import_module(f"suasion.sections.{module.name}") for module in pkgutil.iter_modules(sections.__path__)]
+SECTIONS = sorted(
+    {
+        kind
+        for module in (recipe_module, *MODULES)
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Section) and kind is not Section
+    },
+    key=lambda kind: kind.__name__,
+)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

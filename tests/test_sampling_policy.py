@@ -5,13 +5,13 @@ import torch
 
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged
-from suasion.recipe import SampleSection
 from suasion.records import Prompt, Response, Turn
 from suasion.sampling import local, respond
 from suasion.sampling.draws import Draw, Drawn
 from suasion.sampling.local import LocalSampler, decode, is_out_of_memory, memory_needed
 from suasion.sampling.respond import Journal
 from suasion.sampling.stage import pairs_of
+from suasion.sections.sampling import SampleSection
 
 CPU = Compute("cpu", "float32", 2)
 CONTEXT = " ".join(f"w{i}" for i in range(40))

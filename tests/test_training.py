@@ -9,8 +9,8 @@ import torch
 
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged, load_policy, save_adapter
-from suasion.recipe import DpoArm, LoraSection, SftSection
 from suasion.records import Example, Preference, Response, Turn
+from suasion.sections.training import DpoArm, LoraSection, SftSection
 from suasion.training.dpo import (
     DpoTrainer,
     PairIds,

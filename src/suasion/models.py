@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from suasion.errors import UserError
-from suasion.recipe import LoraSection, ModelSection
 from suasion.records import canonical_json, content_id, sha256_file, write_json
 from suasion.rundir import cache_dir
+from suasion.sections.training import LoraSection, ModelSection
 from suasion.seeding import derive_seed
 
 BUNDLED = "bundled:smollm2-135m-instruct"

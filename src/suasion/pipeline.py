@@ -19,9 +19,11 @@ from typing import Any
 
 from suasion.errors import UsageError, UserError, WaitingForPeople
 from suasion.progress import console, duration
-from suasion.recipe import FILE_KEYS, EndpointEngine, Recipe
+from suasion.recipe import Recipe
 from suasion.records import read_json, write_json
 from suasion.rundir import ATTEMPT, Input, RunDir, StageContext, StageResult, cache_dir, differences, refuse_stale
+from suasion.sections.base import FILE_KEYS
+from suasion.sections.sampling import EndpointEngine
 
 MODEL = (
     "model.base",

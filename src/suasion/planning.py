@@ -20,7 +20,8 @@ from rich.table import Table
 from suasion.errors import UserError
 from suasion.evaluation.power import detectable_win_rate
 from suasion.progress import duration
-from suasion.recipe import ImportedLabels, Recipe
+from suasion.recipe import Recipe
+from suasion.sections.labeling import ImportedLabels
 
 FEW_STEPS = 20
 DECODE_TOKENS = 24

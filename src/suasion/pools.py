@@ -25,9 +25,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from suasion.errors import UserError
-from suasion.recipe import PoolsSection
 from suasion.records import Example, OutcomePair, Prompt, canonical_json, content_id, read_rows, turns_key, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
+from suasion.sections.corpus import PoolsSection
 from suasion.seeding import derive_seed
 
 Drawn = TypeVar("Drawn", Example, Prompt)

@@ -17,9 +17,10 @@ from suasion.grading.pairs import SampledPair, read_sampled_pairs
 from suasion.labeling.agreement import Labelled, compare
 from suasion.labeling.events import ADJUDICATOR
 from suasion.labeling.stage import chose_first
-from suasion.recipe import DpoArm, PreferencesSection
 from suasion.records import Label, Preference, Response, Verdict, content_id, read_rows, write_json, write_rows
 from suasion.rundir import Input, StageContext, StageResult
+from suasion.sections.labeling import PreferencesSection
+from suasion.sections.training import DpoArm
 
 FEWEST_PREFERENCES = 4
 REASONS = ("tie", "none", "conflict", "flip", "identical", "unlabelled", "unmatched")

@@ -76,7 +76,7 @@ def check_p4g(folder: Path) -> dict[str, int]:
 def check_ukp(folder: Path) -> dict[str, int]:
     """Counts of a UKPConvArg1Strict folder that the reader accepts. Raises UserError for anything else."""
     from suasion.grading.pairs import load_training_pairs
-    from suasion.recipe import PairData
+    from suasion.sections.grading import PairData
 
     pairs = load_training_pairs(PairData(kind="ukp", path=str(folder)), None, None)
     return {"pairs": len(pairs), "topics": len({pair.group for pair in pairs})}

@@ -22,9 +22,10 @@ from suasion.corpora import cmv, convokit, own, p4g
 from suasion.corpora.convokit import Tally
 from suasion.corpora.stats import Report
 from suasion.errors import UserError
-from suasion.recipe import CorpusSection, CorpusSource, Recipe
+from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, Turn, example_id, outcome_pair_id, row_writer, sha256_file, write_json
 from suasion.rundir import StageContext, StageResult
+from suasion.sections.corpus import CorpusSection, CorpusSource
 from suasion.seeding import derive_seed
 
 CountTokens = Callable[[str], int]

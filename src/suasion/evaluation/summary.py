@@ -26,8 +26,9 @@ from suasion.evaluation.statistics import (
     resample_weights,
     sign_flip_p,
 )
-from suasion.recipe import DpoArm, Recipe
+from suasion.recipe import Recipe
 from suasion.records import Example, Label, Response, Row, content_id
+from suasion.sections.training import DpoArm
 from suasion.seeding import generator
 
 HUMAN = "human"

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from suasion.recipe import ImportedLabels, Recipe
+from suasion.recipe import Recipe
+from suasion.sections.labeling import ImportedLabels
 
 if TYPE_CHECKING:
     from suasion.evaluation.summary import Control

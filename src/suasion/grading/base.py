@@ -22,8 +22,8 @@ from suasion.records import Label, Verdict, canonical_json, content_id
 from suasion.seeding import uniforms
 
 if TYPE_CHECKING:
-    from suasion import recipe
     from suasion.grading.pairs import TrainingPair
+    from suasion.sections import grading as sections
 
 STRENGTH_DECIMALS = 6  # absorbs rounding that depends on how texts were batched, so that equal texts have equal strengths
 FEWEST_TRAINING_PAIRS = 8
@@ -159,7 +159,7 @@ def fit_bradley_terry(differences: Any, ridge: float) -> np.ndarray:
 
 
 def train_grader(
-    spec: recipe.EmbeddingGrader | recipe.NgramGrader, pairs: Sequence[TrainingPair], seed: int
+    spec: sections.EmbeddingGrader | sections.NgramGrader, pairs: Sequence[TrainingPair], seed: int
 ) -> BradleyTerryGrader:
     """Train the grader of a recipe. `seed` enters its fingerprint; the fit itself is convex and draws nothing.
 

@@ -17,7 +17,7 @@ import numpy as np
 from suasion.grading.base import BradleyTerryGrader, fit_bradley_terry
 from suasion.grading.features import NAMES, readable
 from suasion.progress import progress
-from suasion.recipe import EmbeddingGrader
+from suasion.sections.grading import EmbeddingGrader
 
 if TYPE_CHECKING:
     from suasion.grading.pairs import TrainingPair

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from suasion import recipe
 from suasion.errors import UserError
 from suasion.grading.base import LONGER_WINS, Comparison, Grader, Judgement, train_grader
 from suasion.grading.pairs import TrainingPair
+from suasion.sections import grading as sections
 from suasion.seeding import derive_seed, generator
 
 BOOTSTRAP = 2000
@@ -47,7 +47,7 @@ class Measurement:
 
 
 def measure(
-    spec: recipe.EmbeddingGrader | recipe.NgramGrader, pairs: Sequence[TrainingPair], seed: int, folds: int = 5
+    spec: sections.EmbeddingGrader | sections.NgramGrader, pairs: Sequence[TrainingPair], seed: int, folds: int = 5
 ) -> Measurement:
     """Cross-validate a grader by group. Raises UserError with fewer than two groups: nothing can be held out."""
     fold_of = fold_assignment([pair.group for pair in pairs], folds, seed)

@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from suasion.errors import UserError
 from suasion.grading.base import BradleyTerryGrader, fit_bradley_terry
-from suasion.recipe import NgramGrader
+from suasion.sections.grading import NgramGrader
 
 if TYPE_CHECKING:
     from suasion.grading.pairs import TrainingPair

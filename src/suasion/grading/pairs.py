@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from suasion import recipe
 from suasion.chat import as_text
 from suasion.errors import UserError
 from suasion.grading.base import Comparison
 from suasion.records import OutcomePair, Pair, Prompt, Response, read_rows, sha256_file
+from suasion.sections import grading as sections
 
 UKP_FILES = 32
 CMV_FILES = ("utterances.jsonl", "conversations.json")
@@ -47,7 +47,7 @@ class SampledPair:
         return Comparison(as_text(self.prompt.turns), self.a.text, self.b.text)
 
 
-def load_training_pairs(data: recipe.PairData, grader_pairs: Path | None, judge_pairs: Path | None) -> list[TrainingPair]:
+def load_training_pairs(data: sections.PairData, grader_pairs: Path | None, judge_pairs: Path | None) -> list[TrainingPair]:
     """The pairs a recipe names.
 
     grader_pairs, judge_pairs: the run's files of OutcomePair rows. Raises UserError where data is missing or empty.
@@ -70,7 +70,7 @@ def load_training_pairs(data: recipe.PairData, grader_pairs: Path | None, judge_
     return pairs
 
 
-def training_hashes(data: recipe.PairData) -> dict[str, str]:
+def training_hashes(data: sections.PairData) -> dict[str, str]:
     """name -> sha256 of the files outside the run that a grader is trained on; empty where it learns from the run's own pairs."""
     if data.kind == "ukp":
         return {"ukp": hashlib.sha256("".join(sha256_file(file) for file in _ukp_files(data)).encode()).hexdigest()}
@@ -89,7 +89,7 @@ def from_outcome_pairs(rows: Iterable[OutcomePair]) -> list[TrainingPair]:
     ]
 
 
-def _cmv_folder(data: recipe.PairData) -> Path:
+def _cmv_folder(data: sections.PairData) -> Path:
     if data.path == "bundled":
         from suasion.corpora.stage import bundled_path
 
@@ -101,7 +101,7 @@ def _cmv_folder(data: recipe.PairData) -> Path:
     return folder
 
 
-def _ukp_files(data: recipe.PairData) -> list[Path]:
+def _ukp_files(data: sections.PairData) -> list[Path]:
     folder = Path(data.path or "")
     files = sorted(folder.glob("*.csv")) if folder.is_dir() else []
     if len(files) != UKP_FILES:

@@ -22,8 +22,8 @@ from typing import Literal
 import numpy as np
 
 from suasion.grading.pairs import SampledPair
-from suasion.recipe import SimulatedAnnotator
 from suasion.records import Label, Verdict
+from suasion.sections.labeling import SimulatedAnnotator
 from suasion.seeding import uniforms
 
 SOURCE = "simulated"

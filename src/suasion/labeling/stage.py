@@ -17,7 +17,7 @@ from suasion.labeling.annotator import SOURCE, annotate
 from suasion.labeling.events import ADJUDICATOR, State, Task, fold, labels_digest, open_tasks, plan_tasks, snapshot, verdict_rows
 from suasion.labeling.imports import import_preferences
 from suasion.labeling.store import FILE, Store
-from suasion.recipe import ImportedLabels, LabellingPage, Recipe
+from suasion.recipe import Recipe
 from suasion.records import (
     Pair,
     Preference,
@@ -31,6 +31,7 @@ from suasion.records import (
     write_rows,
 )
 from suasion.rundir import StageContext, StageResult
+from suasion.sections.labeling import ImportedLabels, LabellingPage
 
 
 def run_stage(stage: StageContext) -> StageResult:

@@ -20,9 +20,9 @@ from suasion.errors import UsageError, UserError
 from suasion.grading.pairs import SampledPair, read_sampled_pairs
 from suasion.labeling.events import Task, plan_tasks
 from suasion.labeling.store import FILE
-from suasion.recipe import LabellingPage
 from suasion.records import Example, Pair, Response, Turn, content_id, read_json, read_json_lines, read_rows
 from suasion.rundir import RunDir
+from suasion.sections.labeling import LabellingPage
 from suasion.seeding import generator, uniforms
 
 PAGES = Path(__file__).parent / "pages"

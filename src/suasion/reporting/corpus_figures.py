@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 
 from suasion.corpora.stats import BIN, Funnel, Share, SourceStats
 from suasion.evaluation.wording import interval, percent
-from suasion.recipe import CorpusSection
 from suasion.reporting.figures import BAND, COLOURS, GRID, INK, MUTED, STYLE, WIDE, Drawing, finished, new_axes
+from suasion.sections.corpus import CorpusSection
 
 KEPT, LOST = COLOURS[0], COLOURS[1]
 DROPPED, CUT = "#c4cad0", COLOURS[4]

@@ -14,9 +14,10 @@ from rich.text import Text
 
 from suasion.corpora.stats import CONFIDENCE, PROMPTS, REPLIES, Share, SourceStats
 from suasion.evaluation.wording import interval, percent
-from suasion.recipe import LEAST_CONTEXT, Recipe
+from suasion.recipe import Recipe
 from suasion.records import write_json
 from suasion.reporting.corpus_figures import draw_stats
+from suasion.sections.corpus import LEAST_CONTEXT
 
 MANY_TOO_LONG = 0.2  # of the replies that reach the length rule; from here on a longer limit is offered
 

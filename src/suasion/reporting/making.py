@@ -12,8 +12,9 @@ from typing import Any
 from suasion.evaluation import wording
 from suasion.evaluation.summary import simulated_models
 from suasion.labeling.annotator import SOURCE
-from suasion.recipe import DpoArm, Recipe
+from suasion.recipe import Recipe
 from suasion.reporting.table import Column, Table, flat
+from suasion.sections.training import DpoArm
 
 MISSING: Any = object()  # None is a fact of its own: a rate of nothing
 NOT_RECORDED = "not recorded"

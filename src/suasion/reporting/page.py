@@ -14,10 +14,11 @@ import yaml
 
 from suasion.evaluation import wording
 from suasion.evaluation.summary import HUMAN, ModelVerdict, controls, primary_pairs
-from suasion.recipe import DpoArm, Recipe
+from suasion.recipe import Recipe
 from suasion.records import Example, Response
 from suasion.reporting.making import RECORDED, judge_sentence, making, number, recorded, source_name
 from suasion.reporting.table import Column, Table, portable
+from suasion.sections.training import DpoArm
 from suasion.seeding import derive_seed
 
 ROLES = {"user": "to be persuaded", "assistant": "persuader"}

@@ -27,8 +27,8 @@ import numpy as np
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.recipe import EndpointEngine, SampleSection
 from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
+from suasion.sections.sampling import EndpointEngine, SampleSection
 from suasion.seeding import generator
 
 PAUSE_SECONDS = 0.5  # before the first repetition; doubles from fault to fault

@@ -20,8 +20,8 @@ from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.models import Compute
 from suasion.progress import console
-from suasion.recipe import SampleSection
 from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
+from suasion.sections.sampling import SampleSection
 from suasion.seeding import gumbel
 
 MEMORY_SHARE = 0.9  # of the free memory, for one batch

@@ -19,10 +19,11 @@ from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged
 from suasion.progress import progress
-from suasion.recipe import EndpointEngine, ModelSection, SampleSection
 from suasion.records import Prompt, Response, content_id
 from suasion.sampling.draws import Draw, Drawn, Sampler
 from suasion.sampling.local import LocalSampler
+from suasion.sections.sampling import EndpointEngine, SampleSection
+from suasion.sections.training import ModelSection
 
 LOOP_SHARE = 0.5  # of word 4-grams that are repetitions
 COPY_WORDS = 20  # words in a row taken over from the context

@@ -7,10 +7,10 @@ from collections import Counter
 from suasion.chat import Renderer
 from suasion.models import Lineage, compute, load_tokenizer
 from suasion.progress import console
-from suasion.recipe import SampleSection
 from suasion.records import Pair, PoolName, Prompt, Response, content_id, read_rows, write_rows
 from suasion.rundir import JOURNAL, StageContext, StageResult
 from suasion.sampling.respond import Journal, at_limit, count_flags, is_degenerate, is_finished, respond
+from suasion.sections.sampling import SampleSection
 
 MOST_AT_LIMIT = 0.1  # share of responses that may end at the token limit; it must not be the usual end
 

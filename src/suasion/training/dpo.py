@@ -25,9 +25,9 @@ from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, compute, load_merged, load_policy, load_tokenizer, save_adapter
 from suasion.progress import console, progress
-from suasion.recipe import DpoArm
 from suasion.records import Preference, Response, canonical_json, read_json_lines, read_rows
 from suasion.rundir import StageContext, StageResult
+from suasion.sections.training import DpoArm
 from suasion.seeding import derive_seed
 from suasion.training.loop import arguments, optimiser_steps, train
 from suasion.training.losses import FIRST_LOSS_TOLERANCE, logprob_tolerance, preference_loss, zero_margin_loss

@@ -17,9 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from suasion.errors import UserError
 from suasion.models import Compute
-from suasion.recipe import TrainingSection
 from suasion.records import canonical_json
 from suasion.rundir import CHECKPOINTS
+from suasion.sections.training import TrainingSection
 from suasion.seeding import derive_seed
 
 MARK = "complete"

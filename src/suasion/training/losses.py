@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from suasion.recipe import EndpointEngine, SampleSection
+from suasion.sections.sampling import EndpointEngine, SampleSection
 
 FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token, stored while sampling against the reference pass

@@ -1,0 +1,1 @@
+"""The sections of a recipe, a module for each part of the pipeline; `suasion.recipe` puts them together."""

@@ -1,0 +1,106 @@
+"""Sections of the recipe: the base model, its adapters, SFT and the DPO arms."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from suasion.sections.base import Section
+
+SYSTEM_PROMPT = (
+    "You try to change the other person's mind with honest, specific reasons. Answer what they actually said, admit what is "
+    "uncertain, and never manipulate, threaten, flatter or invent facts."
+)
+
+
+class ModelSection(Section):
+    """The base model and how it computes."""
+
+    base: str = Field(
+        "bundled:smollm2-135m-instruct",
+        description="'bundled:smollm2-135m-instruct', 'random:tiny', a local folder, or a hub name.",
+    )
+    revision: str | None = Field(
+        None, description="Commit of a hub model; None takes the newest; its weights are recorded by hash either way."
+    )
+    system_prompt: str = Field(
+        SYSTEM_PROMPT, description="Stands before every dialogue, in training, sampling and judging alike."
+    )
+    max_length: int = Field(1024, ge=64, description="Longest sequence in tokens: context, reply and template together.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: CUDA where there is one, else CPU.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Compute type; weights are kept in float32. auto: bfloat16 where the hardware has it."
+    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
+
+
+class LoraSection(Section):
+    """The adapter that a training stage adds."""
+
+    r: int = Field(8, ge=1, description="Rank.")
+    alpha: int = Field(32, ge=1, description="Scale is alpha / r.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input, off while scoring.")
+    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="Module names that get an adapter.")
+
+
+class TrainingSection(Section):
+    """Fields that every training stage shares."""
+
+    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    epochs: float = Field(gt=0, description="Passes over the data.")
+    batch_size: int = Field(ge=1, description="Rows (SFT) or pairs (DPO) per optimiser step.")
+    micro_batch_size: int = Field(
+        1, ge=1, description="Rows or pairs per forward pass; must divide batch_size. Changes memory and speed, not results."
+    )
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate.")
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="Learning rate after warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm from which gradients are scaled down.")
+    checkpoints: int = Field(4, ge=0, description="How often a training saves its state, evenly spread, so that it can resume.")
+    report_to: Literal["none", "wandb", "trackio"] = Field("none", description="Experiment tracker, besides metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> TrainingSection:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
+        return self
+
+
+class SftSection(TrainingSection):
+    """Supervised fine-tuning on human replies; the pool takes those that persuaded first."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    epochs: float = Field(3, gt=0, description="Passes over the data.")
+    batch_size: int = Field(64, ge=1, description="Rows per optimiser step.")
+    lora: LoraSection = Field(LoraSection(), description="The adapter.")
+
+
+class DpoArm(TrainingSection):
+    """One DPO training."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="Name of the arm and of its model.")
+    start: str = Field("sft", description="Model that the policy starts from: sft or another arm.")
+    reference: str = Field(
+        "start", description="Reference model: 'start', or sft or an arm by name; its expected first loss is computed."
+    )
+    labels: Literal["ai", "human"] = Field(description="Whose verdicts.")
+    pool: Literal["rlaif", "rlhf"] = Field(description="On which pairs.")
+    matched: bool = Field(False, description="ai labels only on the very pairs that have a decisive human label.")
+    beta: float = Field(0.1, gt=0, description="Strength of the KL penalty.")
+    loss: Literal["sigmoid", "ipo", "robust"] = Field("sigmoid", description="Loss on the margin.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="robust: assumed share of flipped labels.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
+    epochs: float = Field(1, gt=0, description="Passes over the data.")
+    batch_size: int = Field(16, ge=1, description="Pairs per optimiser step.")
+    lora: LoraSection = Field(LoraSection(), description="The adapter.")
+
+    @model_validator(mode="after")
+    def _labels_fit_pool(self) -> DpoArm:
+        if self.labels == "human" and self.pool != "rlhf":
+            raise ValueError("people label the rlhf pool only")
+        if self.matched and (self.labels, self.pool) != ("ai", "rlhf"):
+            raise ValueError("matched means ai labels on the rlhf pool")
+        if self.loss != "robust" and self.label_smoothing:
+            raise ValueError("label_smoothing belongs to loss: robust")
+        return self
