@@ -25,7 +25,7 @@ from suasion.labeling import insight
 from suasion.labeling.desk import SKIP_REASONS, Desk
 from suasion.labeling.events import State, conflicts, fold
 from suasion.labeling.guard import Attempts, Guard
-from suasion.labeling.text import to_html
+from suasion.labeling.text import prose_to_html, to_html
 from suasion.labeling.work import PAGES, text_version
 from suasion.progress import duration
 from suasion.records import Turn
@@ -76,6 +76,8 @@ class Site:
             lstrip_blocks=True,
         )
         self.pages.filters["markdown"] = to_html
+        self.pages.filters["prose"] = prose_to_html
+        self.pages.filters["time_left"] = time_left
         self.pages.filters["duration"] = duration
         self.pages.globals.update(study=title, speaker=speaker, version=_static_version())
         app = self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -148,16 +150,21 @@ class Site:
             "progress": progress,
             "did": did,
             "can_undo": bool(self.desk.refresh().of(who)),
+            "once": secrets.token_hex(8),
         }
         if shown is None:
-            state = self.desk.refresh()
-            return self._page("done.html", **common, excluded=who in state.excluded, missing=self.desk.missing())
+            return self._page(
+                "done.html",
+                **common,
+                excluded=who in self.desk.refresh().excluded,
+                missing=self.desk.missing(),
+                researching=request.cookies.get(self.researcher_cookie) in self._researchers,
+            )
         return self._page(
             "task.html",
             **common,
             shown=shown,
             reasons=SKIP_REASONS,
-            once=secrets.token_hex(8),
             guidelines=self.desk.work.guidelines,
         )
 
@@ -398,6 +405,15 @@ def speaker(turn: Turn, n: int) -> str:
     if turn.role == "user":
         return turn.name or ("The person to persuade" if n else "The person to persuade (opening)")
     return turn.name or "Another participant"
+
+
+def time_left(seconds: float) -> str:
+    """How much longer, as a person would say it: nobody plans by seconds."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    hours, rest = divmod(minutes if minutes < 60 else 5 * round(minutes / 5), 60)
+    return "about " + " ".join(f"{count} {unit}" for count, unit in ((hours, "h"), (rest, "min")) if count)
 
 
 def _see(path: str) -> Response:

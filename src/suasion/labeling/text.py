@@ -46,11 +46,22 @@ class _Renderer(RendererHTML):
     html_inline = html_block
 
 
-_MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}, renderer_cls=_Renderer)
-_MARKDOWN.validateLink = lambda url: True  # type: ignore[method-assign]  # no link leads anywhere; its words stay readable
+def _markdown(breaks: bool) -> MarkdownIt:
+    markdown = MarkdownIt("commonmark", {"html": False, "breaks": breaks}, renderer_cls=_Renderer)
+    markdown.validateLink = lambda url: True  # type: ignore[method-assign]  # no link leads anywhere; its words stay readable
+    return markdown
+
+
+_MARKDOWN, _PROSE = _markdown(breaks=True), _markdown(breaks=False)
 
 
 @lru_cache(maxsize=4096)
 def to_html(text: str) -> Markup:
-    """Safe HTML of one text."""
+    """Safe HTML of one corpus or model text, in which a new line is a new line."""
     return Markup(_MARKDOWN.render(text))
+
+
+@lru_cache(maxsize=16)
+def prose_to_html(text: str) -> Markup:
+    """Safe HTML of guidelines and consent texts: ordinary Markdown files, in which a line break is a space."""
+    return Markup(_PROSE.render(text))
