@@ -9,8 +9,8 @@ import pytest
 
 from suasion.sections.training import ModelSection
 
-# A busy machine must not fail a property: deadlines are for benchmarks.
-hypothesis.settings.register_profile("suasion", deadline=None)
+# A busy machine must not fail a property: deadlines are for benchmarks, and it generates slowly too.
+hypothesis.settings.register_profile("suasion", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suasion")
 
 REPOSITORY = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from suasion.errors import UserError
+from suasion.errors import UsageError, UserError
 from suasion.labeling.work import Purpose
 from suasion.progress import console
 
@@ -141,6 +141,86 @@ def erase(
         f"{gone} events of {annotator} are erased. Stages made from them still hold copies: run the recipe with --redo human-labels, "
         f"then delete the older folders in {run_ / 'attic'}."
     )
+
+
+class Layout(StrEnum):
+    """Formats of an exchange; `verdicts` are our own rows and can only be exported."""
+
+    trl_preference = "trl-preference"
+    trl_kto = "trl-kto"
+    argilla = "argilla"
+    label_studio = "label-studio"
+    potato = "potato"
+    csv = "csv"
+    parquet = "parquet"
+    verdicts = "verdicts"
+
+
+LayoutOption = Annotated[Layout, typer.Option("--format", help="File format; docs/labeling.md says what each one holds.")]
+
+
+@app.command()
+def export(
+    run_: RunArgument,
+    layout: LayoutOption,
+    out: Annotated[Path | None, typer.Option(help="File to write; by default RUN-labels-FORMAT in this folder.")] = None,
+    purpose: PurposeOption = PurposeName.labels,
+) -> None:
+    """Write the labels to a file in the format of another tool, with the texts they are about; nothing is lost."""
+    from suasion.labeling import exchange, transfer
+    from suasion.records import write_rows
+
+    suffix = ".jsonl" if layout is Layout.verdicts else exchange.FORMATS[layout.value].suffix
+    path = out or Path(f"{run_.resolve().name}-labels-{layout.value}{suffix}")
+    desk = _desk(run_, purpose)
+    try:
+        if layout is Layout.verdicts:
+            count, files = write_rows(path, transfer.verdicts(desk, run_)), [path]
+            console.print(f"{count} verdicts", end="")
+        else:
+            answers = transfer.collect(desk)
+            files = exchange.write(answers, path, layout.value)
+            console.print(
+                f"{len(answers)} answers ({sum(one.label.label == 'tie' for one in answers)} ties, {sum(one.label.label == 'none' for one in answers)} "
+                f"skips, {sum(one.label.off_policy for one in answers)} off-policy)",
+                end="",
+            )
+    finally:
+        desk.store.close()
+    console.print(" in " + " and ".join(map(str, files)), soft_wrap=True, markup=False)
+
+
+@app.command("import")
+def import_(
+    run_: RunArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of that format.")],
+    layout: LayoutOption,
+    purpose: PurposeOption = PurposeName.labels,
+) -> None:
+    """Take labels from a file: on this run's pairs they count like any other, on other texts they are kept apart as off-policy."""
+    from suasion.labeling import exchange, transfer
+
+    if layout is Layout.verdicts:
+        raise UsageError(
+            "verdict rows carry no texts; a recipe reads them with human_labels.source {kind: file, layout: verdicts}."
+        )
+    answers = exchange.read(file, layout.value)
+    desk = _desk(run_, purpose)
+    try:
+        taken = transfer.take_in(desk, answers)
+    finally:
+        desk.store.close()
+    console.print(
+        f"{len(answers)} answers read: {taken.own} labels on this run's pairs, {taken.off_policy} off-policy ({taken.ties} ties)."
+    )
+    if taken.off_policy:
+        console.print(
+            "Off-policy labels are about texts that this run's model did not write. They are counted apart and never mixed with others."
+        )
+    if taken.known:
+        console.print(f"{taken.known} were there already.")
+    if taken.erased:
+        console.print(f"{taken.erased} were left out: their annotator was erased.")
 
 
 def _desk(run: Path, purpose: PurposeName) -> Any:

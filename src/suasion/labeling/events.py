@@ -26,7 +26,8 @@ class HumanLabel(Row):
     """One answer of one person, in the pair's own (a, b) order; `order` says which response stood on the left.
 
     label "none" is a skip, with its reason. both_bad: a tie between two responses that would persuade nobody. clarity: 1 hard to say,
-    2 fairly clear, 3 very clear. seconds: active time, without pauses. off_policy: on texts that this run's model did not write.
+    2 fairly clear, 3 very clear. seconds: active time, without pauses. off_policy: on texts that this run's model did not write. at: when
+    it was given, for labels that come from a file; others have the time of their event.
     """
 
     format: Literal["human-label/1"] = "human-label/1"
@@ -43,6 +44,7 @@ class HumanLabel(Row):
     guideline: str = ""
     origin: str = "page"
     off_policy: bool = False
+    at: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class State:
         if event.kind in ("label", "skip"):
             self._answer(Given(event.n, event.at, HumanLabel.model_validate(body)))
         elif event.kind == "import":
-            given = Given(event.n, event.at, HumanLabel.model_validate(body))
+            imported = HumanLabel.model_validate(body)
+            given = Given(event.n, imported.at or event.at, imported)
             if given.label.off_policy:
                 self.imported.append(given)
             else:
