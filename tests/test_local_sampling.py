@@ -1,17 +1,25 @@
 """The local engine against the model itself: greedy, distribution, random numbers, stop, batches; pitfalls 2, 20, 21."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import chisquare
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
-from suasion.models import Compute, Lineage, load_merged
+from suasion.models import Compute, Lineage, load_merged, load_policy, round_for_decoding
 from suasion.sampling import local
+from suasion.sampling.cache import ReservedLayer, closing_moves, keep_rows, reserve
 from suasion.sampling.draws import Draw
 from suasion.sampling.local import choose, decode, penalise, plan_batches
 from suasion.sampling.respond import Journal, at_limit, flags, longest_copy, repeated_share
 from suasion.sections.sampling import SampleSection
+from suasion.sections.training import LoraSection
 from suasion.seeding import derive_seed, gumbel
+from suasion.training.losses import LOGPROB_TOLERANCE
 
 CPU = Compute("cpu", "float32", 2)
 
@@ -75,6 +83,113 @@ def test_two_responses_of_a_prompt_differ_and_repeat_exactly(model):
     assert first == decode(model, draws(2, 2), settings, 9, -1, 2, CPU)
     assert first[0].tokens != first[1].tokens
     assert first[0].tokens != decode(model, draws(2, 2), settings, 10, -1, 2, CPU)[0].tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_is_a_loop_of_whole_passes(model, dtype):
+    """Against the slowest way there is: every token from a pass over prompt and response, one row, no cache, weights as they are.
+
+    The tiny model is nearly flat, so that in bf16 greedy choices of the two ways may differ: the response's own tokens are scored.
+    """
+    hardware = Compute("cpu", dtype, 1)
+    settings = SampleSection(temperature=0, max_new_tokens=10)
+    rounded = round_for_decoding(copy.deepcopy(model), hardware)
+    for drawn in decode(rounded, draws(5, 2), settings, 0, stop_id=-1, pad_id=2, hardware=hardware):
+        ids, score = list(drawn.draw.prompt), 0.0
+        for token in drawn.tokens:
+            with torch.no_grad(), hardware.autocast():
+                logits = model(torch.tensor([ids])).logits[0, -1].float()
+            if dtype == "float32":
+                assert token == int(logits.argmax())
+            score += float(logits.log_softmax(0)[token])
+            ids.append(token)
+        assert drawn.logprob == pytest.approx(score, abs=LOGPROB_TOLERANCE[dtype] * len(drawn.tokens))
+
+
+def test_weights_rounded_once_compute_what_autocast_computes(tiny):
+    """Bit by bit, on a model with an adapter merged in: rounding once must not be another model than the one that DPO refers to."""
+    hardware = Compute("cpu", "bfloat16", 1)
+    lora = LoraSection(r=8, alpha=32, dropout=0.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    policy = load_policy(Lineage(tiny), lora, 0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.05)
+    merged = policy.merge_and_unload().eval()
+    rounded = round_for_decoding(copy.deepcopy(merged), hardware)
+    ids = torch.tensor([draws(6)[-1].prompt])
+    with torch.no_grad(), hardware.autocast():
+        wanted, got = merged(ids).logits, rounded(ids).logits
+    assert torch.equal(wanted, got)
+    assert rounded.lm_head.weight.dtype == torch.bfloat16
+    assert rounded.get_input_embeddings().weight.dtype == torch.float32
+    assert round_for_decoding(merged, CPU).lm_head.weight.dtype == torch.float32
+
+
+@given(st.integers(1, 12).flatmap(lambda rows: st.tuples(st.just(rows), st.sets(st.integers(0, rows - 1), min_size=1))))
+def test_rows_that_finish_leave_no_gap_and_move_few(case):
+    rows, keep = case
+    order, sources, targets = closing_moves(rows, sorted(keep))
+    assert sorted(order) == sorted(keep)  # each that stays, once
+    places = list(range(rows))
+    for source, target in zip(sources, targets, strict=True):
+        places[target] = places[source]
+    assert places[: len(order)] == order  # the moves do what the order says
+    assert len(sources) <= rows - len(keep)
+
+
+def test_a_cache_with_room_holds_what_a_growing_one_holds():
+    generator = torch.Generator().manual_seed(0)
+    growing = DynamicCache()
+    growing.update(*(torch.randn(2, 3, 4, 8, generator=generator) for _ in range(2)), 0)
+    roomy = copy.deepcopy(growing)
+    source = torch.tensor([0, 0, 1, 1])
+    growing.batch_select_indices(source)
+    reserve(roomy, source, 3, None)
+    assert isinstance(roomy.layers[0], ReservedLayer)
+    for keep in ([0, 1, 2, 3], [1, 3], [0]):
+        order, sources, targets = closing_moves(growing.layers[0].keys.shape[0], keep)
+        growing.batch_select_indices(torch.tensor(order))
+        keep_rows(roomy, torch.tensor(order), torch.tensor(sources).long(), torch.tensor(targets).long())
+        new = [torch.randn(len(keep), 3, 1, 8, generator=generator) for _ in range(2)]
+        for mine, theirs in zip(roomy.update(*new, 0), growing.update(*new, 0), strict=True):
+            assert torch.equal(mine, theirs)
+        assert roomy.get_seq_length() == growing.get_seq_length()
+        assert roomy.get_mask_sizes(1, 0) == growing.get_mask_sizes(1, 0)
+
+
+def test_models_with_sliding_windows_are_decoded_too():
+    """Their windowed layers stay the library's; the token choice equals one-by-one decoding with `generate`."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    batch = [Draw(f"p{i}", tuple(range(20 + i, 30 + 4 * i)), n) for i in range(4) for n in (0, 1)]
+    for drawn in decode(model, batch, SampleSection(temperature=0, max_new_tokens=12), 0, -1, 0, CPU):
+        ids = torch.tensor([drawn.draw.prompt])
+        reference = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
+        )
+        assert drawn.tokens == tuple(reference[0, ids.shape[1] :].tolist())
+
+
+def test_only_rows_that_need_it_look_at_every_token(monkeypatch):
+    sizes = []
+    look = local._choose_among
+    monkeypatch.setattr(
+        local, "_choose_among", lambda logits, *rest: sizes.append((len(logits), rest[-1])) or look(logits, *rest)
+    )
+    logits = torch.zeros(6, 3000)
+    logits[:4, 7] = 20.0
+    seeds = np.arange(6, dtype=np.uint64)
+    chosen = choose(logits, seeds, 0, 1.0, 0.9)
+    assert chosen[:4].tolist() == [7] * 4
+    assert sizes == [(6, 256), (2, 3000)]
+    monkeypatch.setattr(local, "CANDIDATES", 3000)
+    assert chosen.tolist() == choose(logits, seeds, 0, 1.0, 0.9).tolist()
 
 
 def many(logits, count, **settings):

@@ -181,7 +181,9 @@ def test_a_batch_that_cannot_fit_is_halved_before_it_is_tried(model, renderer, m
     settings = SampleSection(max_new_tokens=4, batch_size=8)
     sampler = LocalSampler(lambda: model, settings, renderer, CPU, 0)
     (batch,) = sampler.batches(draws(4))
-    monkeypatch.setattr(local, "free_memory", lambda device: int(memory_needed(model.config, batch[:2], settings) / 0.9) + 100)
+    monkeypatch.setattr(
+        local, "free_memory", lambda device: int(memory_needed(model.config, batch[:2], settings, "float32") / 0.9) + 100
+    )
     sizes = short_of_memory(monkeypatch, 99, None)
     sampler.run([("k", batch)], lambda *_: None)
     assert sizes == [2, 2, 2, 2]
@@ -191,9 +193,12 @@ def test_a_batch_that_cannot_fit_is_halved_before_it_is_tried(model, renderer, m
 def test_memory_is_estimated_from_shapes(model):
     config, settings = model.config, SampleSection(max_new_tokens=16)
     batch = [Draw("p", (1,) * 32, 0), Draw("p", (1,) * 32, 1)]
-    cache = 2 * (32 + 16) * 2 * 2 * 8 * 3  # responses, positions, keys and values, heads, width, layers + 1
-    prefill = 1 * 32 * (3 * 64 + 8 * 32)
-    assert memory_needed(config, batch, settings) == 4 * (cache + prefill + 6 * 2 * config.vocab_size)
+    position = 2 * 2 * 8 * 2  # keys and values, heads, width, layers
+    cache = 2 * (32 + 16) * position
+    prefill = 1 * 32 * (position + 3 * 64 + 8 * 32)
+    rest = 4 * (prefill + 6 * 2 * config.vocab_size)
+    assert memory_needed(config, batch, settings, "float32") == 4 * cache + rest
+    assert memory_needed(config, batch, settings, "bfloat16") == 2 * cache + rest
 
 
 def test_at_most_one_response_in_200_differs_between_batch_sizes(model):

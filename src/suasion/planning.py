@@ -230,7 +230,7 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     """Time the recipe's model on this machine. Reading and training take most of the seconds; writing takes what it takes."""
     import torch
 
-    from suasion.models import Lineage, compute, load_policy, load_tokenizer
+    from suasion.models import Lineage, compute, load_policy, load_tokenizer, round_for_decoding
     from suasion.sampling.draws import Draw
     from suasion.sampling.local import decode
     from suasion.training.prefix import pack, reply_logits, sum_logprobs
@@ -259,7 +259,9 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     prefill = tokens / _seconds_each(forward, seconds * 0.25)
     policy.train()
     train = tokens / _seconds_each(step, seconds * 0.35)
-    model = policy.merge_and_unload().eval()  # sampling runs on merged weights
+    merged = policy.merge_and_unload().eval()
+    weight_bytes = sum(p.numel() * p.element_size() for p in merged.parameters())
+    model = round_for_decoding(merged, hardware)  # as sampling does
     batch = [Draw("plan", tuple(ids.tolist()), number) for number in range(recipe.sample.batch_size)]  # one prompt: read once
 
     def write(new_tokens: int) -> float:
@@ -275,7 +277,7 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
         prefill=prefill,
         decode=decode_rate,
         train=train,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=weight_bytes,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute
+from suasion.models import Compute, round_for_decoding
 from suasion.progress import console
 from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
 from suasion.sections.sampling import SampleSection
@@ -62,7 +62,7 @@ class LocalSampler:
         """Batch after batch. Raises UserError where one response alone exceeds the memory."""
         for key, batch in work:
             if self.model is None:
-                self.model = self.load()
+                self.model = round_for_decoding(self.load(), self.hardware)
             deliver(key, self._within_memory(batch))
 
     def _within_memory(self, batch: list[Draw]) -> list[Drawn]:
@@ -71,7 +71,10 @@ class LocalSampler:
         while len(drawn) < len(batch):
             part = batch[len(drawn) : len(drawn) + self.most]
             free = free_memory(self.hardware.device)
-            while len(part) > 1 and (needed := memory_needed(self.model.config, part, self.settings)) > MEMORY_SHARE * free:
+            while (
+                len(part) > 1
+                and (needed := memory_needed(self.model.config, part, self.settings, self.hardware.dtype)) > MEMORY_SHARE * free
+            ):
                 part = self._halved(part, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
             failed = False
             try:
@@ -111,24 +114,38 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def memory_needed(config: Any, batch: Sequence[Draw], settings: SampleSection) -> int:
-    """Estimated bytes of one batch beyond the weights, in 4-byte numbers: cache (one layer of it twice while it grows), the widest
-    activations of the prefill, and six rows of the vocabulary a response while a token is chosen."""
+def memory_needed(config: Any, batch: Sequence[Draw], settings: SampleSection, dtype: str) -> int:
+    """Estimated bytes of one batch beyond the weights: the cache for all responses and, until it is there, that of the prompts; the
+    widest activations of the prefill; and six rows of the vocabulary a response while a token is chosen. Numbers take four bytes, two in
+    the cache where compute is bf16."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     longest = max(len(draw.prompt) for draw in batch)
     prompts = len({draw.prompt_id for draw in batch})
-    cache = len(batch) * (longest + settings.max_new_tokens) * 2 * heads * width * (config.num_hidden_layers + 1)
-    prefill = prompts * longest * (3 * config.intermediate_size + 8 * config.hidden_size)
-    return int(4 * (cache + prefill + 6 * len(batch) * config.vocab_size))
+    position = 2 * heads * width * config.num_hidden_layers
+    cache = len(batch) * (longest + settings.max_new_tokens) * position * (2 if dtype == "bfloat16" else 4)
+    prefill = prompts * longest * (position + 3 * config.intermediate_size + 8 * config.hidden_size)
+    return int(cache + 4 * (prefill + 6 * len(batch) * config.vocab_size))
 
 
 @torch.no_grad()
 def decode(
-    model: Any, batch: Sequence[Draw], settings: SampleSection, seed: int, stop_id: int, pad_id: int, hardware: Compute
+    model: Any,
+    batch: Sequence[Draw],
+    settings: SampleSection,
+    seed: int,
+    stop_id: int,
+    pad_id: int,
+    hardware: Compute,
+    heard: Callable[[int, int], None] | None = None,
 ) -> list[Drawn]:
-    """Decode one batch. Prompts are read once each, then their cache is repeated for every response."""
+    """Decode one batch. Prompts are read once each, then their cache is repeated for every response.
+
+    heard: called with (place in the batch, token) as each token is chosen, for who wants to watch.
+    """
     from transformers import DynamicCache
+
+    from suasion.sampling.cache import closing_moves, keep_rows, reserve
 
     prompts = list({draw.prompt_id: draw.prompt for draw in batch}.items())
     number = {prompt_id: row for row, (prompt_id, _) in enumerate(prompts)}
@@ -146,9 +163,10 @@ def decode(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits[:, -1].float()  # fmt: skip
     source = torch.tensor([number[draw.prompt_id] for draw in batch], device=device)
-    cache.batch_select_indices(source)
-    mask, logits = mask[source], logits[source]
-    next_position = mask.sum(1)
+    reserve(cache, source, settings.max_new_tokens, torch.bfloat16 if hardware.dtype == "bfloat16" else None)
+    next_position = mask.sum(1)[source]
+    mask = torch.cat([mask[source], mask.new_ones(len(batch), settings.max_new_tokens)], dim=1)
+    logits = logits[source]
     seeds = np.array([draw_seed(seed, draw) for draw in batch], dtype=np.uint64)
 
     tokens: list[list[int]] = [[] for _ in batch]
@@ -156,14 +174,15 @@ def decode(
     finish: list[Literal["stop", "length"]] = ["length"] * len(batch)
     active = list(range(len(batch)))
     for position in range(settings.max_new_tokens):
-        logprobs = logits.log_softmax(dim=1)
         penalised = penalise([tokens[row] for row in active], logits, settings.repetition_penalty)
         choice = choose(penalised, seeds[active], position, settings.temperature, settings.top_p, settings.top_k, settings.min_p)
-        picked = logprobs.gather(1, choice[:, None])[:, 0].double().tolist()
+        picked = (logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(dim=1)).double().tolist()
         keep = []
         for place, (row, token) in enumerate(zip(active, choice.tolist(), strict=True)):
             tokens[row].append(token)
             sums[row] += picked[place]
+            if heard:
+                heard(row, token)
             if token == stop_id:
                 finish[row] = "stop"
             else:
@@ -171,14 +190,15 @@ def decode(
         if not keep or position + 1 == settings.max_new_tokens:
             break
         if len(keep) < len(active):
-            kept = torch.tensor(keep, device=device)
-            cache.batch_select_indices(kept)
+            order, *moves = closing_moves(len(active), keep)
+            kept = torch.tensor(order, device=device)
+            keep_rows(cache, kept, *(torch.tensor(move, dtype=torch.long, device=device) for move in moves))
             mask, choice, next_position = mask[kept], choice[kept], next_position[kept]
-            active = [active[place] for place in keep]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            active = [active[place] for place in order]
         with hardware.autocast():
             logits = model(
-                input_ids=choice[:, None], attention_mask=mask, position_ids=next_position[:, None], past_key_values=cache, use_cache=True
+                input_ids=choice[:, None], attention_mask=mask[:, : longest + position + 1], position_ids=next_position[:, None],
+                past_key_values=cache, use_cache=True,
             ).logits[:, -1].float()  # fmt: skip
         next_position = next_position + 1
     return [Drawn(draw, tuple(tokens[i]), finish[i], sums[i], draw_seed(seed, draw)) for i, draw in enumerate(batch)]
@@ -197,29 +217,37 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(dim=1)
+    size = top_k or (logits.shape[1] if top_p >= 1 and min_p == 0 else CANDIDATES)
+    tokens, enough = _choose_among(logits, seeds, position, temperature, top_p, top_k, min_p, size)
+    if not bool(enough.all()):
+        flat = (~enough).nonzero()[:, 0]
+        tokens[flat] = _choose_among(
+            logits[flat], seeds[flat.cpu().numpy()], position, temperature, top_p, top_k, min_p, logits.shape[1]
+        )[0]
+    return tokens
+
+
+def _choose_among(
+    logits: torch.Tensor, seeds: np.ndarray, position: int, temperature: float, top_p: float, top_k: int, min_p: float, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`choose` among the `size` likeliest tokens of each row; and [B] bool, whether more of them could not have changed the row's."""
     scaled = logits / temperature
-    vocabulary = logits.shape[1]
-    total = scaled.logsumexp(dim=1, keepdim=True)
-    size = top_k or (vocabulary if top_p >= 1 and min_p == 0 else CANDIDATES)
-    values, tokens = scaled.topk(min(size, vocabulary), dim=1)
-    if top_k:
-        total = values.logsumexp(dim=1, keepdim=True)
-    elif size < vocabulary:
-        # Enough candidates once the nucleus lies among them, or once the last of them is too unlikely anyway.
-        whole_nucleus = (values - total).exp().sum(1) >= top_p if top_p < 1 else torch.zeros_like(total[:, 0], dtype=torch.bool)
-        if min_p:
-            whole_nucleus = whole_nucleus | ((values[:, -1] - values[:, 0]).exp() < min_p)
-        if not bool(whole_nucleus.all()):
-            values, tokens = scaled.topk(vocabulary, dim=1)
+    size = min(size, logits.shape[1])
+    values, tokens = scaled.topk(size, dim=1)
+    total = (values if top_k else scaled).logsumexp(dim=1, keepdim=True)
     probabilities = (values - total).double().exp()
-    outside = (
-        (probabilities.cumsum(1) - probabilities >= top_p) if top_p < 1 else torch.zeros_like(probabilities, dtype=torch.bool)
-    )
-    if min_p:
-        outside = outside | (probabilities < min_p * probabilities[:, :1])
+    cumulative = probabilities.cumsum(1)
+    enough = torch.full_like(total[:, 0], bool(top_k) or size == logits.shape[1], dtype=torch.bool)
+    outside = torch.zeros_like(probabilities, dtype=torch.bool)
+    if top_p < 1:  # enough once the nucleus lies among them
+        outside |= cumulative - probabilities >= top_p
+        enough |= cumulative[:, -1] >= top_p
+    if min_p:  # or once the last of them is too unlikely anyway
+        outside |= probabilities < min_p * probabilities[:, :1]
+        enough |= probabilities[:, -1] < min_p * probabilities[:, 0]
     noise = torch.from_numpy(gumbel(seeds, position, tokens.cpu().numpy())).to(logits.device)
     best = (values.double() + noise).masked_fill(outside, -torch.inf).argmax(dim=1)
-    return tokens.gather(1, best[:, None])[:, 0]
+    return tokens.gather(1, best[:, None])[:, 0], enough
 
 
 def penalise(said: Sequence[Sequence[int]], logits: torch.Tensor, penalty: float) -> torch.Tensor:
