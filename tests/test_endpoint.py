@@ -267,6 +267,16 @@ def test_every_response_has_its_own_seed_and_the_same_one_again(start, tiny, ren
     assert all(0 <= row.seed < 2**31 for row in first)
 
 
+def test_one_response_for_a_listener(start, tiny, renderer):
+    """Live chat through a server: the same request, the text at once."""
+    server = start({0: 500})
+    sampler = EndpointSampler(settings_for(server.url).engine, settings_for(server.url), "sft", renderer, 3, lambda: None)
+    heard = []
+    drawn = sampler.speak(Draw("p", renderer.render(PROMPTS[0].turns).ids, 0), heard.append)
+    assert heard == [f"answer with seed {drawn.seed}"]
+    assert len(server.answered) == 1
+
+
 def test_unknown_tokens_stay_unknown(start, tiny, renderer, tmp_path):
     rows = ask(settings_for(start().url), tiny, renderer, tmp_path).rows
     assert all(row.tokens is None and row.logprob is None and row.finish == "stop" for row in rows)

@@ -165,6 +165,32 @@ def report(
     console.print(f"report: {directory.folder('report') / 'index.html'}")
 
 
+@app.command()
+def chat(
+    run_: RunArgument,
+    models: Annotated[
+        str | None, typer.Option("--models", metavar="NAMES", help="Which, for example base,sft; all finished ones if not said.")
+    ] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Letters in a random order instead of names, until you ask who is who.")
+    ] = False,
+    page: Annotated[bool, typer.Option("--page", help="As a page in the browser, on this machine alone.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes any free one.")] = 0,
+) -> None:
+    """Talk to the models of a run: the same message to all of them, replies side by side as they are written. Nothing is stored."""
+    from suasion.talking.talk import Talk
+
+    talk = Talk(run_, [name.strip() for name in models.split(",")] if models else (), blind)
+    if page:
+        from suasion.talking.app import serve
+
+        serve(talk, port, console)
+    else:
+        from suasion.talking.terminal import chat as chat_here
+
+        chat_here(talk, console, input)
+
+
 @corpus_app.command("stats")
 def corpus_stats(
     source: Annotated[

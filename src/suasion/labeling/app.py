@@ -24,7 +24,7 @@ from suasion.errors import UserError
 from suasion.labeling import insight
 from suasion.labeling.desk import SKIP_REASONS, Desk
 from suasion.labeling.events import State, conflicts, fold
-from suasion.labeling.guard import Attempts, Guard
+from suasion.labeling.guard import Attempts, Guard, csrf_token
 from suasion.labeling.text import prose_to_html, to_html
 from suasion.labeling.work import PAGES, text_version
 from suasion.progress import duration
@@ -146,7 +146,7 @@ class Site:
         who, secret = self._annotator(request)
         shown, progress = self.desk.next(who), self.desk.progress(who)
         common: dict[str, Any] = {
-            "csrf": _csrf(secret),
+            "csrf": csrf_token(secret),
             "progress": progress,
             "did": did,
             "can_undo": bool(self.desk.refresh().of(who)),
@@ -375,7 +375,7 @@ class Site:
             )
         if form is not None:
             _check_csrf(form, secret)
-        return _csrf(secret)
+        return csrf_token(secret)
 
     def _with_session(self, who: str) -> Response:
         response = _see("/task")
@@ -424,12 +424,8 @@ def _address(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def _csrf(secret: str) -> str:
-    return hmac.new(secret.encode(), b"csrf", hashlib.sha256).hexdigest()
-
-
 def _check_csrf(form: dict[str, str], secret: str) -> None:
-    if not hmac.compare_digest(form.get("csrf", "").encode(), _csrf(secret).encode()):
+    if not hmac.compare_digest(form.get("csrf", "").encode(), csrf_token(secret).encode()):
         raise Refused(403, "Nothing was stored", "This form belongs to another session. Load the page again.")
 
 

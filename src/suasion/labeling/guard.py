@@ -1,4 +1,4 @@
-"""What stands between the network and the labelling page: pure ASGI, so that it costs next to nothing a request.
+"""What stands between the network and the labelling page (and the chat page): pure ASGI, so that it costs next to nothing a request.
 
 `Guard` answers hosts that the server was not started for (DNS rebinding) and bodies that are too large before anything reads them,
 refuses posts from another origin, and puts the security headers on every response: no script, style, image or frame from anywhere
@@ -7,6 +7,8 @@ but this server. `Attempts` slows down whoever guesses tokens.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
@@ -124,6 +126,11 @@ class Guard:
             if not length.isdigit() or int(length) > BODY_LIMIT:
                 return 413, "That is too much at once."
         return None
+
+
+def csrf_token(secret: str) -> str:
+    """A session's CSRF token: a keyed hash of the cookie's secret, so that it outlives a restart wherever the secret does."""
+    return hmac.new(secret.encode(), b"csrf", hashlib.sha256).hexdigest()
 
 
 async def _plain(send: Send, status: int, text: str) -> None:

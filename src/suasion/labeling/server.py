@@ -39,7 +39,7 @@ def serve(run: Path, purpose: Purpose, host: str, port: int, url: str | None, co
     base = urlsplit(url) if url else None
     if base is not None and (base.scheme not in ("http", "https") or not base.hostname):
         raise UsageError(f"--url {url} is no address. It begins with https:// or http://.")
-    listener = _listen(host, port)
+    listener = listen(host, port)
     port = listener.getsockname()[1]
     name = f"[{host}]" if ":" in host else host
     base_url = url.rstrip("/") if url else f"http://{name}:{port}"
@@ -79,7 +79,8 @@ def serve(run: Path, purpose: Purpose, host: str, port: int, url: str | None, co
         desk.store.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError where the port is taken or the host is not this machine's."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-class ReservedLayer(DynamicLayer):
+class ReservedLayer(DynamicLayer):  # type: ignore[misc]  # the library is not followed by the type checker
     """Keys and values of one layer, [rows, heads, room, width], of which the first `rows` rows and `length` positions are in use.
 
     dtype: what attention computes in. Under bf16 autocast the model hands over fp32 keys, which attention would round at every token

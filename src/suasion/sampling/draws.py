@@ -52,6 +52,9 @@ class Sampler(Protocol):
     def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver) -> None:
         """Make every (key, group) and hand it to `deliver`, in any order, each once. Raises UserError where some cannot be made."""
 
+    def speak(self, draw: Draw, hear: Callable[[str], None]) -> Drawn:
+        """Make one response for somebody who waits for it: `hear` gets its text whenever there is more of it."""
+
 
 def draw_seed(seed: int, draw: Draw) -> int:
     """The seed that owns a response's random numbers; the same for every model, so that models differ by weights only."""

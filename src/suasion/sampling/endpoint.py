@@ -170,6 +170,13 @@ class EndpointSampler:
                 "servers, then run the same command again: only what is missing is asked for."
             )
 
+    def speak(self, draw: Draw, hear: Callable[[str], None]) -> Drawn:
+        """One response; a server's answer is checked as a whole, so that its text comes at once."""
+        made: list[Drawn] = []
+        self.run([("", [draw])], lambda _, drawn: made.extend(drawn))
+        hear(made[0].text.strip() if made[0].tokens is None else self.renderer.decode(made[0].tokens))
+        return made[0]
+
     def _refusal(self, refusal: Refused) -> str:
         return (
             f"{refusal} Check sample.engine: server ({self.engine.server}), models ('{self.model}' must be a name that the server knows), "

@@ -65,6 +65,19 @@ class LocalSampler:
                 self.model = round_for_decoding(self.load(), self.hardware)
             deliver(key, self._within_memory(batch))
 
+    def speak(self, draw: Draw, hear: Callable[[str], None]) -> Drawn:
+        """One response, its text growing token by token."""
+        if self.model is None:
+            self.model = round_for_decoding(self.load(), self.hardware)
+        tokens: list[int] = []
+
+        def heard(_: int, token: int) -> None:
+            tokens.append(token)
+            hear(self.renderer.decode(tokens).rstrip("\ufffd"))  # a letter of several tokens may be half there
+
+        pad_id = self.renderer.tokenizer.pad_token_id
+        return decode(self.model, [draw], self.settings, self.seed, self.renderer.stop_id, pad_id, self.hardware, heard)[0]
+
     def _within_memory(self, batch: list[Draw]) -> list[Drawn]:
         """Decode a batch in as many parts as memory asks for."""
         drawn: list[Drawn] = []
