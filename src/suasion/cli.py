@@ -16,6 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from suasion.errors import UsageError, UserError
+from suasion.grading.commands import app as grade_app
 from suasion.labeling.commands import app as label_app
 from suasion.progress import console
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 corpus_app = typer.Typer(help="Look at the corpora before anything is trained on them.", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
+app.add_typer(grade_app, name="grade")
 app.add_typer(label_app, name="label")
 
 INTERRUPTED = 130

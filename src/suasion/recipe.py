@@ -17,8 +17,10 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from suasion.errors import UsageError
-from suasion.sections.base import FILE_KEYS, Section
+from suasion.grading.files import make_absolute, read_mapping, resolve_grader
+from suasion.sections.base import Section
 from suasion.sections.corpus import LEAST_CONTEXT, CorpusSection, PoolsSection
+from suasion.sections.grading import KINDS as GRADER_KINDS
 from suasion.sections.grading import AiLabelsSection, EvaluateSection
 from suasion.sections.labeling import HumanLabelsSection, PreferencesSection
 from suasion.sections.reporting import ReportSection
@@ -107,7 +109,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     if not path.is_file():
         raise UsageError(f"no recipe at {path}. Shipped recipes stand in recipes/, for example recipes/demo.yaml.")
-    data = _read_yaml(path)
+    data = read_mapping(path)
     for override in overrides:
         _apply_override(data, override)
     _resolve(data, path.parent)
@@ -121,7 +123,7 @@ def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         lines = [f"{where} is not a valid recipe:"]
         for item in error.errors():
-            kinds = ("embedding", "ngram", "simulated", "file", "page", "local", "endpoint")
+            kinds = (*GRADER_KINDS, "simulated", "file", "page", "local", "endpoint")
             location = [part for part in item["loc"] if part not in kinds]
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
@@ -137,18 +139,6 @@ def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; equal recipes have equal bytes."""
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from error
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist.") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} must hold a mapping of sections, found {type(data).__name__}.")
-    return data
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -195,26 +185,16 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
         holder = data.get(section)
         if not isinstance(holder, dict):
             continue
-        base = folder
-        if isinstance(holder.get("grader"), str):
-            file = (folder / holder["grader"]).resolve()
-            holder["grader"], base = _read_yaml(file), file.parent
-        if isinstance(holder.get("grader"), dict):
-            _make_absolute(holder["grader"].get("train"), base)
+        if "grader" in holder:
+            holder["grader"] = resolve_grader(holder["grader"], folder)
     corpus = data.get("corpus")
     sources = corpus.get("sources") if isinstance(corpus, dict) else None
     for source in sources if isinstance(sources, list) else []:
-        _make_absolute(source, folder)
-    _make_absolute((data.get("human_labels") or {}).get("source") if isinstance(data.get("human_labels"), dict) else None, folder)
+        make_absolute(source, folder)
+    make_absolute((data.get("human_labels") or {}).get("source") if isinstance(data.get("human_labels"), dict) else None, folder)
     model = data.get("model")
     if isinstance(model, dict) and isinstance(model.get("base"), str) and model["base"].startswith((".", "/", "~")):
         model["base"] = str((folder / Path(model["base"]).expanduser()).resolve())
-
-
-def _make_absolute(holder: Any, folder: Path) -> None:
-    for key in FILE_KEYS if isinstance(holder, dict) else ():
-        if isinstance(holder.get(key), str) and holder[key] != "bundled":
-            holder[key] = str((folder / Path(holder[key]).expanduser()).resolve())
 
 
 def _nearest(location: list[Any]) -> str:

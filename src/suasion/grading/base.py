@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 STRENGTH_DECIMALS = 6  # absorbs rounding that depends on how texts were batched, so that equal texts have equal strengths
 FEWEST_TRAINING_PAIRS = 8
 CANARY_COMPARISONS = 64
+MIRROR: dict[Label, Label] = {"a": "b", "b": "a", "tie": "tie", "none": "none"}
+
+Outcome = Literal["", "consistent", "flip", "tie", "none"]
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,37 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a grader says of one comparison. p_a: probability that a is better; None where the grader gives none."""
+    """What a grader says of one comparison. p_a: probability that a is better; None where the grader gives none.
+
+    label "none": the grader gave no answer. outcome: how its two orders relate, '' for a grader that cannot tell positions apart.
+    orders: the answers to (a, b) and to (b, a), both told as of (a, b). cost: US dollars, 0 for a grader on this machine.
+    """
 
     p_a: float | None
     label: Label
     reason: str = ""
     raw: str = ""
+    outcome: Outcome = ""
+    orders: tuple[Judgement, ...] = ()
+    cost: float = 0.0
+
+    def swapped(self) -> Judgement:
+        """The judgement of (b, a): label, probability and orders move together."""
+        return replace(
+            self,
+            p_a=None if self.p_a is None else 1.0 - self.p_a,
+            label=MIRROR[self.label],
+            orders=tuple(one.swapped() for one in reversed(self.orders)),
+        )
 
 
 class Grader(Protocol):
     """Anything that compares replies. `kind` names the family, `fingerprint` changes with everything that can change a judgement."""
 
-    kind: str
-    fingerprint: str
+    @property
+    def kind(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
 
     def grade(self, items: Sequence[Comparison]) -> list[Judgement]:
         """One judgement a comparison, in order."""
@@ -270,9 +291,8 @@ def canaries(grader: Grader, items: Sequence[Comparison]) -> dict[str, float]:
     ]
     identical = grader.grade([Comparison(item.context, item.a, item.a) for item in chosen])
     forward, backward = grader.grade(chosen), grader.grade([item.swapped() for item in chosen])
-    mirror = {"a": "b", "b": "a", "tie": "tie", "none": "none"}
     swapped_right = [
-        mirror[one.label] == other.label
+        MIRROR[one.label] == other.label
         and (one.p_a is None or other.p_a is None or math.isclose(one.p_a + other.p_a, 1.0, abs_tol=1e-9))
         for one, other in zip(forward, backward, strict=True)
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import islice
 
 import numpy as np
 
@@ -90,6 +91,15 @@ def words(text: str) -> list[str]:
 def word_count(text: str) -> int:
     """Length of a text as every length statistic of the graders counts it."""
     return len(WORD.findall(text))
+
+
+def first_words(text: str, count: int) -> str:
+    """The text up to the end of its word number `count`, with everything that stands between; '' for none."""
+    if count <= 0:
+        return ""
+    ends = islice((match.end() for match in WORD.finditer(text)), count - 1, count + 1)
+    end, further = next(ends, None), next(ends, None)
+    return text if end is None or further is None else text[:end]
 
 
 def readable(context: str, reply: str) -> np.ndarray:

@@ -89,7 +89,7 @@ def judge_pairs(grader: Grader, pairs: Sequence[TrainingPair], seed: int) -> lis
     flips = [derive_seed(seed, "shown", pair.context, pair.winner, pair.loser) % 2 == 1 for pair in pairs]
     items = [Comparison(pair.context, pair.winner, pair.loser) for pair in pairs]
     shown = [item.swapped() if flip else item for item, flip in zip(items, flips, strict=True)]
-    return [_mirrored(judged) if flip else judged for judged, flip in zip(grader.grade(shown), flips, strict=True)]
+    return [judged.swapped() if flip else judged for judged, flip in zip(grader.grade(shown), flips, strict=True)]
 
 
 def score(pairs: Sequence[TrainingPair], judged: Sequence[Judgement], folds: int, seed: int) -> Measurement:
@@ -142,8 +142,3 @@ def cluster_bootstrap(
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.nanpercentile(statistic(np.tensordot(drawn, sums, axes=1)), [tail, 100 - tail])
     return float(low), float(high)
-
-
-def _mirrored(judged: Judgement) -> Judgement:
-    label = {"a": "b", "b": "a"}.get(judged.label, judged.label)
-    return Judgement(None if judged.p_a is None else 1.0 - judged.p_a, label, judged.reason, judged.raw)  # type: ignore[arg-type]

@@ -25,12 +25,13 @@ CMV_FILES = ("utterances.jsonl", "conversations.json")
 
 @dataclass(frozen=True)
 class TrainingPair:
-    """Two texts on one context, of which one won."""
+    """Two texts on one context, of which one won. first_won: whether the source listed the winner first, True where it does not say."""
 
     context: str
     winner: str
     loser: str
     group: str
+    first_won: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ def load_training_pairs(data: sections.PairData, grader_pairs: Path | None, judg
     grader_pairs, judge_pairs: the run's files of OutcomePair rows. Raises UserError where data is missing or empty.
     """
     if data.kind == "ukp":
-        pairs = [pair for file in _ukp_files(data) for pair in read_ukp(file)]
+        pairs = [pair for file in ukp_files(Path(data.path or "")) for pair in read_ukp(file)]
     elif data.kind == "cmv":
         from suasion.corpora.cmv import outcome_pairs
 
-        pairs = from_outcome_pairs(outcome_pairs(_cmv_folder(data)))
+        pairs = from_outcome_pairs(outcome_pairs(cmv_folder(data.path or "")))
     else:
         file = grader_pairs if data.kind == "grader_pairs" else judge_pairs
         assert file is not None, f"the stage did not declare {data.kind}.jsonl as an input"
@@ -73,9 +74,11 @@ def load_training_pairs(data: sections.PairData, grader_pairs: Path | None, judg
 def training_hashes(data: sections.PairData) -> dict[str, str]:
     """name -> sha256 of the files outside the run that a grader is trained on; empty where it learns from the run's own pairs."""
     if data.kind == "ukp":
-        return {"ukp": hashlib.sha256("".join(sha256_file(file) for file in _ukp_files(data)).encode()).hexdigest()}
+        return {
+            "ukp": hashlib.sha256("".join(sha256_file(file) for file in ukp_files(Path(data.path or ""))).encode()).hexdigest()
+        }
     if data.kind == "cmv":
-        folder = _cmv_folder(data)
+        folder = cmv_folder(data.path or "")
         return {f"cmv/{name}": sha256_file(folder / name) for name in CMV_FILES if (folder / name).is_file()}
     return {}
 
@@ -89,20 +92,21 @@ def from_outcome_pairs(rows: Iterable[OutcomePair]) -> list[TrainingPair]:
     ]
 
 
-def _cmv_folder(data: sections.PairData) -> Path:
-    if data.path == "bundled":
+def cmv_folder(source: str) -> Path:
+    """The ConvoKit folder of a ChangeMyView corpus: a path or 'bundled'. Raises UserError where it is none."""
+    if source == "bundled":
         from suasion.corpora.stage import bundled_path
 
         folder: Path = bundled_path("cmv")
     else:
-        folder = Path(data.path or "")
+        folder = Path(source)
     if not (folder / CMV_FILES[0]).is_file():
         raise UserError(f"no ConvoKit corpus at {folder} ({CMV_FILES[0]} is missing). Check the grader's train.path.")
     return folder
 
 
-def _ukp_files(data: sections.PairData) -> list[Path]:
-    folder = Path(data.path or "")
+def ukp_files(folder: Path) -> list[Path]:
+    """The 32 files of UKPConvArg1Strict, in order of their names. Raises UserError where they are not there."""
     files = sorted(folder.glob("*.csv")) if folder.is_dir() else []
     if len(files) != UKP_FILES:
         raise UserError(
@@ -133,7 +137,7 @@ def read_ukp(file: Path) -> list[TrainingPair]:
         first, second = (re.sub(r"\s*<br\s*/?>\s*", "\n", text).strip() for text in fields[2:])
         winner, loser = (first, second) if fields[1] == "a1" else (second, first)
         if winner != loser:
-            pairs.append(TrainingPair(context, winner, loser, topic))
+            pairs.append(TrainingPair(context, winner, loser, topic, fields[1] == "a1"))
     return pairs
 
 

@@ -1,7 +1,7 @@
 """Agreement between people and a grader, and between people, on the same pairs, with bootstrap intervals by prompt.
 
 Raw agreement flatters: it is high by chance where one label is frequent, or where people favour a position. So it stands beside
-the position-balanced agreement, Cohen's kappa (1960) and Gwet's AC1 (2008), which is stable where kappa collapses because the
+the position-balanced agreement, Cohen's kappa (1960), Krippendorff's alpha and Gwet's AC1 (2008), which is stable where kappa collapses because the
 labels are lopsided. Pure functions; nothing is read or written here.
 """
 
@@ -69,6 +69,7 @@ def compare(rows: Sequence[Labelled], seed: int) -> dict[str, Any]:
     """
     cells = np.zeros((len(rows), 3, 3))
     sides = np.zeros((len(rows), 2, 2))  # position the person chose, agreed or not
+    couples = np.array([coincidences((row.human, row.ai)) for row in rows]).reshape(-1, 3, 3)
     for i, row in enumerate(rows):
         cells[i, CATEGORIES.index(row.human), CATEGORIES.index(row.ai)] = 1
         if "tie" not in (row.human, row.ai):
@@ -79,6 +80,7 @@ def compare(rows: Sequence[Labelled], seed: int) -> dict[str, Any]:
         "balanced_agreement": (balanced_agreement, sides),
         "kappa": (cohen_kappa, cells),
         "gwet_ac1": (gwet_ac1, cells),
+        "alpha": (krippendorff_alpha, couples),
     }
     result: dict[str, Any] = {
         "n": len(rows),

@@ -54,7 +54,7 @@ def import_preferences(path: Path, source: str, held_out: Collection[str]) -> Im
     labelled = ties = decisive = first = 0
     for number, row in read_json_lines(path):
         where = f"{path}, line {number}"
-        prompt, chosen, rejected, metadata = _fields(row, where)
+        prompt, chosen, rejected, metadata = read_fields(row, where)
         labelled += 1
         if metadata.get("is_equal") is True:
             ties += 1
@@ -115,7 +115,8 @@ def parse_context(text: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _fields(row: dict[str, Any], where: str) -> tuple[Prompt, str, str, dict[str, Any]]:
+def read_fields(row: dict[str, Any], where: str) -> tuple[Prompt, str, str, dict[str, Any]]:
+    """(prompt, chosen, rejected, metadata) of one row, cleaned. `where` begins the message of the UserError for a row that does not fit."""
     metadata = row.get("metadata")
     for name in ("prompt", "chosen", "rejected"):
         if not isinstance(row.get(name), str):

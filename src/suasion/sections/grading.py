@@ -52,7 +52,9 @@ class NgramGrader(Section):
     tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")
 
 
-Grader = Annotated[EmbeddingGrader | NgramGrader, Field(discriminator="kind")]
+AnyGrader = EmbeddingGrader | NgramGrader
+Grader = Annotated[AnyGrader, Field(discriminator="kind")]
+KINDS = ("embedding", "ngram")
 
 
 class AiLabelsSection(Section):
