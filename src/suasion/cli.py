@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 from suasion.errors import UsageError, UserError
 from suasion.grading.commands import app as grade_app
 from suasion.labeling.commands import app as label_app
+from suasion.launch.commands import app as launch_app
 from suasion.progress import console
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ corpus_app = typer.Typer(help="Look at the corpora before anything is trained on
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(grade_app, name="grade")
 app.add_typer(label_app, name="label")
+app.add_typer(launch_app, name="launch")
 
 INTERRUPTED = 130
 
@@ -95,15 +97,55 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, runs: RunsOption = Path("runs")) -> None:
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    on: Annotated[
+        str | None,
+        typer.Option("--on", metavar="MACHINE,...", help="Predict for these machines of the table instead; 'all' for every one."),
+    ] = None,
+    machines: Annotated[Path | None, typer.Option(metavar="FILE", help="A table of machines of your own (YAML).")] = None,
+    this_machine: Annotated[
+        str | None,
+        typer.Option(
+            "--this-machine",
+            metavar="MACHINE",
+            help="With --on: this machine is one of that kind; measure it and take its shares of the peaks.",
+        ),
+    ] = None,
+) -> None:
     """Say what a recipe would take before it runs: rows, optimiser steps, hours a stage, disk, and what it could detect.
 
-    Measures this machine for about 20 seconds.
+    Measures this machine for about 20 seconds. With --on: hours, dollars and memory on other machines, from the model's FLOPs and bytes.
     """
-    from suasion.planning import make_plan, print_plan
+    from suasion.planning import make_plan, measure, print_plan
     from suasion.recipe import load_recipe
 
-    print_plan(make_plan(load_recipe(recipe, tuple(set_ or ())), runs), console)
+    loaded = load_recipe(recipe, tuple(set_ or ()))
+    if on is None:
+        print_plan(make_plan(loaded, runs), console)
+        return
+    from suasion.machines import TABLE, load_machines
+    from suasion.prediction import lines, measured_shares, read_sizes
+
+    table = load_machines(machines or TABLE)
+    names = list(table.machines) if on == "all" else [name.strip() for name in on.split(",")]
+    for name in [*names, *([this_machine] if this_machine else [])]:
+        if name not in table.machines:
+            raise UsageError(f"{name} is not in the table of machines: {', '.join(table.machines)}.")
+    sizes = read_sizes(loaded)
+    shares = None
+    if this_machine:
+        shares = measured_shares(
+            measure(loaded, 20.0),
+            sizes.shape,
+            sizes.lengths,
+            loaded.sample.batch_size,
+            table.machines[this_machine],
+            this_machine,
+        )
+    console.print("\n".join(lines(loaded, sizes, names, table, shares)), markup=False, soft_wrap=True)
 
 
 @app.command()

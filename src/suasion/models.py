@@ -225,11 +225,14 @@ def load_policy(lineage: Lineage, lora: LoraSection, seed: int, device: str = "c
     return policy
 
 
-def save_adapter(policy: Any, folder: Path, base: ModelSection) -> str:
-    """Write the newest adapter as safetensors with a config free of machine paths. Returns its hash."""
+def save_adapter(policy: Any, folder: Path, base: ModelSection, state: dict[str, Any] | None = None) -> str:
+    """Write the newest adapter as safetensors with a config free of machine paths. Returns its hash.
+
+    state: the adapter's whole tensors, where the policy itself holds only shards of them.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    policy.save_pretrained(temporary, safe_serialization=True)
+    policy.save_pretrained(temporary, safe_serialization=True, state_dict=state)
     (temporary / "README.md").unlink(missing_ok=True)
     config = json.loads((temporary / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base.base

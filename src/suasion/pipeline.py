@@ -228,13 +228,14 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
         console.print(f"{stage.name}: made again, now with human labels (the provisional one moves to attic/)")
         directory.move_to_attic([stage.name])
     hardware = _hardware(recipe)
+    processes = recipe.processes.model_dump(include={"profile", "count"})
     folder = directory.folder(stage.name)
     resumed = directory.state(stage.name) == "unfinished"
-    if resumed and not _is_same_attempt(folder, {**attempt, "hardware": hardware}):
+    if resumed and not _is_same_attempt(folder, {**attempt, "hardware": hardware, "processes": processes}):
         directory.move_to_attic([stage.name])  # other settings or another machine: nothing in it can be used here
         resumed = False
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / ATTEMPT, {**attempt, "hardware": hardware})
+    write_json(folder / ATTEMPT, {**attempt, "hardware": hardware, "processes": processes})
     console.print(f"[bold]{stage.name}[/]{' (resumed)' if resumed else ''}")
     context = StageContext(
         recipe=recipe,
@@ -247,7 +248,10 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
         waiting=str(waiting) if waiting else "",
     )
     began = time.monotonic()
-    result = stage.function()(context)
+    if stage.name == "sft" or stage.arm:
+        result = _train(stage, context)
+    else:
+        result = stage.function()(context)
     if waiting and stage.name in PROVISIONAL:
         result.facts["waiting"] = str(waiting)
     manifest = directory.complete(stage.name, **attempt, result=result, hardware=hardware)
@@ -258,6 +262,15 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
     console.print(
         f"  {manifest.rows_in} rows in, {manifest.rows_out} out{'; dropped: ' + dropped if dropped else ''}; {duration(seconds)}"
     )
+
+
+def _train(stage: Stage, context: StageContext) -> StageResult:
+    """A training stage in this process, or in as many as the recipe's profile says."""
+    if context.recipe.processes.profile == "one":
+        return stage.function()(context)
+    from suasion.training.processes import train_apart
+
+    return train_apart(context, stage.module, _hardware(context.recipe)["device"])
 
 
 def _is_same_attempt(folder: Path, attempt: dict[str, Any]) -> bool:

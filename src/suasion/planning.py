@@ -74,11 +74,18 @@ class Lengths:
     reply: float
 
 
-def make_plan(recipe: Recipe, runs: Path, seconds: float = 20.0) -> Plan:
-    """Measure this machine for about so many seconds and plan a recipe.
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What a recipe's corpus and labels amount to. imported: usable human preferences of a file, None where there is none."""
 
-    Raises UserError where the model, the corpus or imported labels cannot be read.
-    """
+    examples: int
+    attainable: dict[str, int]
+    lengths: Lengths
+    imported: int | None
+
+
+def read_corpus(recipe: Recipe) -> CorpusFacts:
+    """Read the corpus as a run would, keeping nothing. Raises UserError where corpus, tokenizer or labels cannot be read."""
     import tempfile
 
     from suasion.corpora.stage import run_stage as extract
@@ -92,23 +99,31 @@ def make_plan(recipe: Recipe, runs: Path, seconds: float = 20.0) -> Plan:
         examples = list(read_rows(folder / "examples.jsonl", Example))
         pairs = list(read_rows(folder / "outcome_pairs.jsonl", OutcomePair))
     components = link(examples, pairs, recipe.pools.near_duplicate)
-    sizes = attainable(components, recipe.pools, recipe.seed)
     imported = None
     if (labels := imported_labels(recipe)) and Path(labels.path).is_file():
         held_out = split(components, recipe.pools, recipe.seed).held_out
         imported = usable_preferences(recipe, labels, frozenset(map(conversation_hash, held_out)))
-    lengths = mean_lengths(recipe, examples)
+    return CorpusFacts(len(examples), attainable(components, recipe.pools, recipe.seed), mean_lengths(recipe, examples), imported)
+
+
+def make_plan(recipe: Recipe, runs: Path, seconds: float = 20.0) -> Plan:
+    """Measure this machine for about so many seconds and plan a recipe.
+
+    Raises UserError where the model, the corpus or imported labels cannot be read.
+    """
+    corpus = read_corpus(recipe)
+    sizes = corpus.attainable
     rates = measure(recipe, seconds)
     plan = Plan(
         recipe=recipe.name,
-        stages=stage_plans(recipe, lengths, rates, sft_rows(recipe, sizes), imported),
+        stages=stage_plans(recipe, corpus.lengths, rates, sft_rows(recipe, sizes), corpus.imported),
         rates=rates,
-        disk_bytes=disk_bytes(recipe, len(examples)),
+        disk_bytes=disk_bytes(recipe, corpus.examples),
         free_bytes=shutil.disk_usage(_existing(runs)).free,
         attainable=sizes,
         detectable=detectable(recipe),
     )
-    if labels and imported is None:
+    if (labels := imported_labels(recipe)) and corpus.imported is None:
         plan.warnings.append(f"no human labels at {labels.path} yet: planned as if there were one for each of the rlhf prompts.")
     plan.warnings += warnings(recipe, plan)
     return plan

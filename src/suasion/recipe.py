@@ -23,6 +23,7 @@ from suasion.sections.corpus import LEAST_CONTEXT, CorpusSection, PoolsSection
 from suasion.sections.grading import KINDS as GRADER_KINDS
 from suasion.sections.grading import AiLabelsSection, EvaluateSection
 from suasion.sections.labeling import HumanLabelsSection, PreferencesSection
+from suasion.sections.processes import ProcessesSection
 from suasion.sections.reporting import ReportSection
 from suasion.sections.sampling import EndpointEngine, SampleSection
 from suasion.sections.training import DpoArm, ModelSection, SftSection
@@ -44,6 +45,7 @@ class Recipe(Section):
     dpo: tuple[DpoArm, ...] = Field(min_length=1, description="Stage 08, one folder an arm.")
     evaluate: EvaluateSection = Field(description="Stage 09.")
     report: ReportSection = Field(ReportSection(), description="Stage 10.")
+    processes: ProcessesSection = Field(ProcessesSection(), description="In how many processes stages train and sample.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

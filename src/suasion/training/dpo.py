@@ -23,15 +23,16 @@ from transformers import Trainer, TrainingArguments
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, compute, load_merged, load_policy, load_tokenizer, save_adapter
+from suasion.models import Compute, Lineage, compute, load_merged, load_policy, load_tokenizer
 from suasion.progress import console, progress
 from suasion.records import Preference, Response, canonical_json, read_json_lines, read_rows
-from suasion.rundir import StageContext, StageResult
+from suasion.rundir import CHECKPOINTS, StageContext, StageResult
 from suasion.sections.training import DpoArm
 from suasion.seeding import derive_seed
 from suasion.training.loop import arguments, optimiser_steps, train
 from suasion.training.losses import FIRST_LOSS_TOLERANCE, logprob_tolerance, preference_loss, zero_margin_loss
 from suasion.training.prefix import Packed, pack, reply_logits, sum_logprobs, token_kl
+from suasion.training.processes import barrier, rank, save_trained, summed, world_size
 
 KL_PAIRS = 5
 FEWEST_STEPS = 12
@@ -69,7 +70,7 @@ def is_whole(response: Response) -> bool:
 
 def score(model: Any, batch: list[PairIds], hardware: Compute) -> tuple[torch.Tensor, Packed, torch.Tensor]:
     """Summed log-probs [n, 2] of (chosen, rejected), with the packed row and its logits [K, V]."""
-    packed = pack([(pair.prompt, (pair.chosen, pair.rejected)) for pair in batch]).to(model.device)
+    packed = pack([(pair.prompt, (pair.chosen, pair.rejected)) for pair in batch]).to(hardware.device)
     with hardware.autocast():
         logits = reply_logits(model, packed)
     return sum_logprobs(logits, packed).view(len(batch), 2), packed, logits
@@ -94,6 +95,27 @@ def reference_logprobs(model: Any, pairs: list[PairIds], hardware: Compute, path
             handle.flush()
     model.train(was_training)
     return {pair.id: known[pair.id] for pair in pairs}
+
+
+def shared_logprobs(model: Any, pairs: list[PairIds], hardware: Compute, path: Path) -> dict[str, tuple[float, float]]:
+    """`reference_logprobs`, of which every process makes its share; the first one puts them together."""
+    if world_size() == 1:
+        return reference_logprobs(model, pairs, hardware, path)
+    (path.parent / CHECKPOINTS).mkdir(exist_ok=True)
+    shares = [path.parent / CHECKPOINTS / f"{path.stem}-{number}-of-{world_size()}.jsonl" for number in range(world_size())]
+    reference_logprobs(model, pairs[rank() :: world_size()], hardware, shares[rank()])
+    barrier()
+    made = {row["id"]: row for share in shares for _, row in _whole_lines(share)}
+    if rank() == 0:
+        path.write_text("".join(canonical_json(made[pair.id]) + "\n" for pair in pairs), encoding="utf-8")
+    barrier()
+    return {pair.id: (made[pair.id]["chosen"], made[pair.id]["rejected"]) for pair in pairs}
+
+
+def with_fillers(pairs: list[PairIds], count: int) -> list[PairIds]:
+    """The pairs and so many more of no weight: they complete the last micro-batches of several processes."""
+    shortest = min(pairs, key=lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
+    return [*pairs, *[replace(shortest, weight=0.0)] * count]
 
 
 class DpoTrainer(Trainer):  # type: ignore[misc]
@@ -155,6 +177,7 @@ class DpoTrainer(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums:
+            self._sums = summed(self._sums, self.hardware.device)
             weight = self._sums.pop("weight")
             logs = {**logs, **{f"dpo_{name}": value / weight for name, value in self._sums.items()}}
             self._sums = {}
@@ -177,8 +200,8 @@ def run_stage(stage: StageContext) -> StageResult:
     own = arm.reference in ("start", arm.start)
     reference_lineage = start if own else start_lineage(stage, arm.reference)
     reference_model = policy if own else load_merged(reference_lineage, hardware.device)
-    reference = reference_logprobs(reference_model, fitting, hardware, stage.folder / "reference.jsonl")
-    started = reference if own else reference_logprobs(policy, fitting, hardware, stage.folder / "start.jsonl")
+    reference = shared_logprobs(reference_model, fitting, hardware, stage.folder / "reference.jsonl")
+    started = reference if own else shared_logprobs(policy, fitting, hardware, stage.folder / "start.jsonl")
     fitting = [with_reference(pair, reference[pair.id], started[pair.id], arm) for pair in fitting]
     tolerance = logprob_tolerance(hardware.dtype, recipe.sample)
     checked = check_stored_logprobs(preferences, started, start.hash, tolerance, arm.name)
@@ -200,8 +223,8 @@ def run_stage(stage: StageContext) -> StageResult:
         model=policy, arm=arm, hardware=hardware, train_dataset=fitting,
         args=arguments(TrainingArguments, arm, stage.folder, hardware, len(fitting), recipe.seed, f"dpo-{arm.name}"),
     )  # fmt: skip
-    metrics = train(trainer, stage.folder, f"dpo-{arm.name}", arm.batch_size, "pairs")
-    save_adapter(policy, stage.folder / "adapter", recipe.model)
+    metrics = train(trainer, stage.folder, f"dpo-{arm.name}", arm.batch_size, "pairs", with_fillers)
+    save_trained(policy, stage.folder / "adapter", recipe.model)
     kl = kl_to_start(policy, fitting, hardware, recipe.seed)
     warn(arm.name, metrics)
     tail = metrics[-max(1, len(metrics) // 4) :]

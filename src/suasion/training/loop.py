@@ -21,6 +21,7 @@ from suasion.records import canonical_json
 from suasion.rundir import CHECKPOINTS
 from suasion.sections.training import TrainingSection
 from suasion.seeding import derive_seed
+from suasion.training.processes import RowOrder, barrier, fillers, rank, world_size
 
 MARK = "complete"
 KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "epoch")
@@ -43,12 +44,18 @@ def arguments(
 ) -> Any:
     """Trainer arguments of one training; everything that is not a default of the library stands here."""
     steps = optimiser_steps(rows, section)
+    together = section.micro_batch_size * world_size()
+    if section.batch_size % together:
+        raise UserError(
+            f"{purpose}: {world_size()} processes with {section.micro_batch_size} rows each make {together} rows a pass, which must divide "
+            f"batch_size {section.batch_size}. Change micro_batch_size or processes.count."
+        )
     seed32 = derive_seed(seed, "training", purpose) % 2**31
     save_every = math.ceil(steps / (section.checkpoints + 1)) if section.checkpoints else 0
     return kind(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=section.micro_batch_size,
-        gradient_accumulation_steps=section.batch_size // section.micro_batch_size,
+        gradient_accumulation_steps=section.batch_size // together,
         num_train_epochs=section.epochs,
         learning_rate=section.learning_rate,
         lr_scheduler_type=section.scheduler,
@@ -70,32 +77,57 @@ def arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=compute.device == "cuda",
+        ddp_find_unused_parameters=False,
         **extra,
     )
 
 
-def train(trainer: Trainer, folder: Path, purpose: str, unit_per_step: int, unit: str) -> list[dict[str, Any]]:
-    """Train, or go on from the newest complete checkpoint; returns the metrics rows."""
+def train(
+    trainer: Trainer, folder: Path, purpose: str, unit_per_step: int, unit: str, with_fillers: Callable[[Any, int], Any]
+) -> list[dict[str, Any]]:
+    """Train, or go on from the newest complete checkpoint; returns the metrics rows.
+
+    with_fillers: adds so many rows without loss to the trainer's rows; called where several processes train.
+    """
     checkpoint = newest_checkpoint(folder / CHECKPOINTS)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    metrics = MetricsFile(folder / "metrics.jsonl", keep_until=done)
+    if world_size() > 1:
+        share_rows(trainer, done, with_fillers)
+    metrics = MetricsFile(folder / "metrics.jsonl", keep_until=done) if rank() == 0 else None
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
     trainer.add_callback(_Watch(metrics, purpose, unit_per_step, unit, done))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics.close()
+    if metrics:
+        metrics.close()
+    barrier()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "metrics.jsonl has a gap"
     return rows
 
 
+def share_rows(trainer: Trainer, done: int, with_fillers: Callable[[Any, int], Any]) -> None:
+    """Let several processes take the rows that one would take, in its order. done: optimiser steps of an earlier attempt."""
+    filling = fillers(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
+    order = RowOrder(len(trainer.train_dataset), filling, trainer.args.data_seed)
+    batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * world_size()
+    order.epoch = done // math.ceil(len(trainer.train_dataset) / batch)
+    trainer.train_dataset = with_fillers(trainer.train_dataset, filling)
+    trainer._get_train_sampler = lambda dataset=None: order
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step; incomplete ones are removed."""
+    if rank() > 0:  # the first process tidies up
+        barrier()
+        found = [path for path in folder.glob("checkpoint-*") if (path / MARK).is_file()]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     complete = []
     for path in folder.glob("checkpoint-*"):
         if (path / MARK).is_file():
             complete.append(path)
         else:
             shutil.rmtree(path)
+    barrier()
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -129,7 +161,7 @@ class MetricsFile:
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics, moves the bar, marks checkpoints, and stops on a loss that is no number."""
 
-    def __init__(self, metrics: MetricsFile, purpose: str, unit_per_step: int, unit: str, done: int):
+    def __init__(self, metrics: MetricsFile | None, purpose: str, unit_per_step: int, unit: str, done: int):
         self.metrics, self.purpose, self.unit_per_step, self.unit, self.done = metrics, purpose, unit_per_step, unit, done
         self.advance: Callable[[int], None] = lambda count: None
         self.bar: Any = None
@@ -156,10 +188,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
                 f"{self.purpose}: the loss is {logs['loss']} at step {state.global_step}. Lower learning_rate or max_grad_norm, or set "
                 "model.dtype to float32, then run again: it goes on from the last checkpoint."
             )
+        if self.metrics is None:
+            return
         row = {key: value for key, value in logs.items() if key in KEPT_METRICS or key.startswith("dpo_")}
         self.metrics.write({"step": state.global_step, **{key.removeprefix("dpo_"): float(value) for key, value in row.items()}})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        barrier()  # every process has written its part
+        if rank() > 0:
+            return
         newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (newest / MARK).touch()
         for path in Path(args.output_dir).glob("checkpoint-*"):

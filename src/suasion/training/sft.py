@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Lineage, base_hash, compute, load_policy, load_tokenizer, save_adapter
+from suasion.models import Lineage, base_hash, compute, load_policy, load_tokenizer
 from suasion.records import Example, read_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.training.loop import arguments, train
+from suasion.training.processes import save_trained
 
 IGNORED = -100
 
@@ -57,6 +58,13 @@ class ReplyHeadTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
 
+def with_fillers(dataset: Dataset, count: int) -> Dataset:
+    """The rows and so many more that carry no loss: they complete the last micro-batches of several processes."""
+    shortest = min(dataset, key=lambda row: len(row["input_ids"]))["input_ids"]
+    empty = {"input_ids": shortest, "labels": [IGNORED] * len(shortest)}
+    return concatenate_datasets([dataset, Dataset.from_list([empty] * count, features=dataset.features)]) if count else dataset
+
+
 def persuaded_share(examples: list[Example]) -> float | None:
     """Share of the examples whose reply persuaded; None where no outcome is known."""
     known = [example.outcome > 0 for example in examples if example.outcome is not None]
@@ -83,8 +91,8 @@ def run_stage(stage: StageContext) -> StageResult:
     )  # fmt: skip
     kind = SFTTrainer if hardware.device == "cuda" else ReplyHeadTrainer
     trainer = kind(model=policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    metrics = train(trainer, stage.folder, "sft", section.batch_size, "rows")
-    save_adapter(policy, stage.folder / "adapter", recipe.model)
+    metrics = train(trainer, stage.folder, "sft", section.batch_size, "rows", with_fillers)
+    save_trained(policy, stage.folder / "adapter", recipe.model)
     trained = [sum(label != IGNORED for label in row["labels"]) for row in rows]
     return StageResult(
         rows_in=len(examples),

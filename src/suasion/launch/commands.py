@@ -1,0 +1,288 @@
+"""`suasion launch RECIPE --on aws`, and `launch status | logs | fetch | stop | sweep-up`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from suasion.errors import UsageError, UserError
+from suasion.progress import console, duration
+
+
+class _RecipeFirst(TyperGroup):
+    """`launch RECIPE ...` is `launch start RECIPE ...`: the recipe stands where a subcommand's name would."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["start", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RecipeFirst,
+    help="Run a recipe on a rented machine that ends by itself: suasion launch RECIPE --on aws",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the run, for example persuasion-rl.")]
+RunsOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where run directories stand.")]
+RegionOption = Annotated[str | None, typer.Option(metavar="REGION", help="AWS region; AWS_REGION or your profile's if not said.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+SMALLEST_VOLUME_GB = 60  # image, packages (8 GB with CUDA) and caches
+
+
+@app.command("start", hidden=True)
+def start(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")],
+    on: Annotated[Literal["aws"], typer.Option("--on", help="Where: aws.")],
+    max_dollars: Annotated[float, typer.Option(min=0.1, help="The machines of this launch together never cost more.")] = 25.0,
+    max_hours: Annotated[float, typer.Option(min=0.2, help="Nor run longer.")] = 24.0,
+    types: Annotated[
+        str, typer.Option(metavar="TYPE,...", help="Allowed instance types; without, all of the table on which the recipe fits.")
+    ] = "",
+    market: Annotated[Literal["cheapest", "on-demand", "spot"], typer.Option(help="How to rent.")] = "cheapest",
+    region: RegionOption = None,
+    s3: Annotated[
+        str,
+        typer.Option(
+            "--s3", metavar="s3://BUCKET/PREFIX", help="Copy results there too, so that nobody need be there at the end."
+        ),
+    ] = "",
+    address: Annotated[
+        str, typer.Option(metavar="IPv4", help="Your address, the only one that is let in; asked for if not said.")
+    ] = "",
+    pass_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass-env",
+            metavar="NAME",
+            help="Environment variable to hand over, e.g. HF_TOKEN; it stays in the machine's memory.",
+        ),
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe.")] = None,
+    runs: RunsOption = Path("runs"),
+    detach: Annotated[bool, typer.Option("--detach", help="Leave once it runs; go on with: launch logs NAME")] = False,
+    yes: YesOption = False,
+) -> None:
+    """Rent the cheapest machine that will do, run the recipe there, fetch its stages, and remove everything again.
+
+    Shows price and estimate first and asks. Ctrl-C ends the machine, after what is finished was fetched.
+    """
+    from suasion.launch.account import Account
+    from suasion.launch.flow import Launch, caller_address, host_of, parse_s3, run_once
+    from suasion.launch.machine import moved_inputs, source_tree
+    from suasion.launch.offers import find_offers
+    from suasion.launch.session import new_session
+    from suasion.machines import load_machines
+    from suasion.prediction import predict, read_sizes
+    from suasion.recipe import load_recipe
+
+    loaded = load_recipe(recipe, tuple(set_ or ()))
+    missing = [name for name in pass_env or [] if name not in os.environ]
+    if missing:
+        raise UsageError(f"--pass-env {missing[0]}: no such environment variable here.")
+    if s3:
+        parse_s3(s3)
+    moved_inputs(loaded, "")
+    source_tree()
+    table = load_machines()
+    sizes = read_sizes(loaded)
+    predictions = {name: predict(loaded, sizes, machine) for name, machine in table.machines.items()}
+    allowed = [name.strip() for name in types.split(",") if name.strip()] or [
+        name for name, item in predictions.items() if not item.problems
+    ]
+    if not allowed:
+        raise UserError(f"{recipe} fits on no machine of the table: " + "; ".join(next(iter(predictions.values())).problems))
+    account = Account(region)
+    run = runs / loaded.name
+    session = new_session(run, account, max_hours, max_dollars, s3.rstrip("/"))
+    markets: list[Any] = ["on-demand", "spot"] if market == "cheapest" else [market]
+    volume_gb = SMALLEST_VOLUME_GB + round(sizes.disk_bytes / 1e9 + 0.5)
+    while True:
+        offers, refused = find_offers(account, allowed, markets, table)
+        for line in refused:
+            console.print(f"  [dim]{line}[/]")
+        best = offers[0]
+        hourly = best.price + table.side_costs(volume_gb)
+        console.print(
+            f"cheapest: {best}, ${hourly:.3f} an hour with {volume_gb} GB of disk and an address; AWS account {account.id}"
+        )
+        if known := predictions.get(best.type):
+            seconds = known.seconds + 900  # boot, upload and installation
+            console.print(
+                f"estimate: {duration(seconds)}, ${seconds / 3600 * hourly:.2f} (predicted from the table of {table.date}; see docs/scale.md)"
+            )
+            for problem in known.problems:
+                console.print(f"  [yellow]{problem}[/]")
+        hours = session.hours_left(hourly)
+        console.print(
+            f"caps: ${max_dollars:.2f} and {max_hours:g} h; this machine ends itself after {duration(max(hours, 0) * 3600)}"
+        )
+        if not yes and not typer.confirm("rent it?"):
+            raise typer.Exit(0)
+        launch = Launch(
+            account, loaded, run, session, table, address or caller_address(), volume_gb, {name: os.environ[name] for name in pass_env or []}, host_of
+        )  # fmt: skip
+        with interrupted_by_hangup():
+            ended = run_once(launch, offers, detach)
+        if ended.how != "reclaimed":
+            break
+        console.print("[yellow]the machine was taken back; what it had is here, going on with another[/]")
+        yes = True  # the caps were agreed to
+    if ended.how == "running":
+        console.print(f"it runs. suasion launch logs {loaded.name} follows it, suasion launch stop {loaded.name} ends it.")
+        return
+    _finish(ended, loaded.name, runs)
+
+
+@app.command()
+def status(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
+    """Show a launched run: its machine, what it has cost, its stages."""
+    from suasion.launch.resources import instance_facts
+
+    account, session, run = _open(name, runs)
+    console.print(f"{name}: {session.state}, AWS account {session.account}, {session.region}; {session.offer}")
+    if session.instance:
+        facts = instance_facts(account, session.instance)
+        hours = _hours_now(session)
+        console.print(
+            f"{session.instance}: {facts['state']} {facts['address']}; {hours:.2f} h, about ${session.spent_dollars + (hours - session.spent_hours) * session.hourly:.2f} "
+            f"of ${session.max_dollars:.2f} and {session.max_hours:g} h"
+        )
+    if (run / "recipe.yaml").is_file():
+        from suasion.status import print_status
+
+        print_status(run, console)
+
+
+@app.command()
+def logs(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
+    """Follow a launched run to its end, fetching stages as they finish. Ctrl-C stops looking; the machine goes on."""
+    from suasion.launch.flow import clean_up, follow
+
+    launch = _launch(name, runs)
+    ended = follow(launch, launch.host_of(launch.session))
+    clean_up(launch.account, launch.session, launch.run)
+    _finish(ended, name, runs)
+
+
+@app.command()
+def fetch(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
+    """Fetch the stages that are finished by now, from the machine or, where it is gone, from S3."""
+    from suasion.launch.flow import fetch_stages
+    from suasion.launch.ssh import Unreachable
+    from suasion.launch.store import fetch_from_s3
+
+    launch = _launch(name, runs)
+    host = launch.host_of(launch.session)
+    try:
+        if not launch.session.address:
+            raise Unreachable("its machine is gone")
+        stages = host.run(f"bash {launch.folder}/poll.sh 0").split(b"\n")[1].decode().split()
+        fetched = fetch_stages(host, launch.folder, launch.run, stages)
+    except Unreachable as error:
+        if not launch.session.s3:
+            raise UserError(
+                f"{name} cannot be reached ({error}) and copies nothing to S3. suasion launch status {name} says more."
+            ) from error
+        fetched = fetch_from_s3(launch.account, launch.session, launch.run)
+    console.print(f"{len(fetched)} stage(s) fetched into {launch.run}")
+
+
+@app.command()
+def stop(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
+    """End a launched run's machine and remove everything that was made for it. Unfinished work is lost; fetch first."""
+    from suasion.launch.flow import clean_up
+
+    account, session, run = _open(name, runs)
+    clean_up(account, session, run)
+
+
+@app.command("sweep-up")
+def sweep_up(region: RegionOption = None, yes: YesOption = False) -> None:
+    """List everything that launches have made in this account and region and that is still there, and remove it."""
+    from suasion.launch.account import Account, told
+    from suasion.launch.resources import find_all, remove_all
+
+    account = Account(region)
+    with told("look for what launches made"):
+        found = find_all(account)
+    console.print(f"AWS account {account.id}, {account.region}: {len(found)} thing(s)")
+    for item in found:
+        console.print(f"  {item}")
+    if not found or not (yes or typer.confirm("remove all of it, running machines included?")):
+        return
+    left = remove_all(account, note=lambda line: console.print(f"  [dim]{line}[/]"))
+    if left:
+        raise UserError("still there:\n  " + "\n  ".join(map(str, left)) + "\nRun it again, or remove it in the console.")
+    console.print("nothing is left")
+
+
+@contextmanager
+def interrupted_by_hangup() -> Iterator[None]:
+    """Let a closed terminal and SIGTERM end a launch as Ctrl-C does: by removing everything."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _open(name: str, runs: Path) -> Any:
+    from suasion.launch.account import Account
+    from suasion.launch.session import load_session, require_same_account
+
+    session = load_session(runs / name)
+    account = Account(session.region)
+    require_same_account(session, account)
+    return account, session, runs / name
+
+
+def _launch(name: str, runs: Path) -> Any:
+    from suasion.launch.flow import Launch, host_of
+    from suasion.machines import load_machines
+    from suasion.status import load_run
+
+    account, session, run = _open(name, runs)
+    _, recipe = load_run(run)
+    return Launch(account, recipe, run, session, load_machines(), "", 0, {}, host_of)
+
+
+def _hours_now(session: Any) -> float:
+    import time
+
+    return float(session.spent_hours + ((time.time() - session.started) / 3600 if session.started else 0.0))
+
+
+def _finish(ended: Any, name: str, runs: Path) -> None:
+    """Say how it ended; leave with the run's own exit code."""
+    if ended.how == "finished":
+        console.print(f"{runs / name} is here: suasion report {runs / name}, suasion verify {runs / name}")
+        if ended.detail == "3":
+            console.print(
+                "[yellow]waiting for people:[/] label the pairs here, then run or launch the same recipe again: it goes on."
+            )
+            raise typer.Exit(3)
+        return
+    if ended.how == "gone":
+        raise UserError(
+            f"the machine ended before the run did ({ended.detail or 'no reason given'}): it reached its cap, or was stopped. What was finished is in "
+            f"{runs / name}; launch the same recipe with higher caps and it goes on."
+        )
+    raise UserError(
+        f"the run ended with exit code {ended.detail}; the log is {runs / name / 'launch' / 'log'}, and what it had is in {runs / name}. Mend the "
+        "cause, then launch the same recipe again: it goes on."
+    )

@@ -1,0 +1,250 @@
+"""What a recipe would take on a machine that is not here: hours, dollars, memory, from the model's FLOPs and bytes.
+
+A rate is a peak of the machine (machines.yaml) times a share of it that software reaches. The shares are this machine's own, where it is
+one of the table and was measured; otherwise the assumed ones below, which the numbers name. Formulas:
+
+- reading a token costs 2 FLOPs a parameter, training one with adapters 4 (forward, and backward through frozen weights to the inputs;
+  Kaplan et al. 2020, arXiv 2001.08361, less the weight gradients), plus attention: 4 or 8 FLOPs x layers x width x positions seen.
+- writing a token reads all weights and the cache of every response in the batch once (Pope et al. 2022, arXiv 2211.05102), and no
+  sooner than the host can start the layers' kernels.
+
+Nothing here is used by a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from suasion.machines import Machine, MachineTable
+from suasion.planning import Lengths, Rates, StagePlan, disk_bytes, sft_rows, stage_plans
+from suasion.progress import duration
+from suasion.recipe import Recipe
+
+GIB = 2**30
+HOST_BYTES = 4 * 10**9  # Python, torch and its CUDA libraries, page cache that must stay
+WEIGHT_BYTES = 4  # weights are kept in fp32, compute is autocast
+MEMORY_SHARE = 0.92  # of a GPU's memory: the rest is the context and fragmentation
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, from its config."""
+
+    parameters: int
+    layers: int
+    width: int
+    inner: int
+    vocabulary: int
+    cache_width: int  # key and value numbers a layer and token: 2 x key-value heads x head width
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the recipe's corpus and model amount to; the same for every machine."""
+
+    shape: Shape
+    lengths: Lengths
+    sft_rows: int
+    imported: int | None
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which share of a machine's peaks software reaches: FLOPs in training and reading, bandwidth in writing.
+
+    layer_seconds: the least time a layer takes while writing, whatever its size: starting its kernels from Python.
+    """
+
+    train: float = 0.30
+    prefill: float = 0.40
+    decode: float = 0.50
+    layer_seconds: float = 1.0e-3
+    source: str = "assumed: 30% of the peak in training, 40% in reading, 50% of the bandwidth in writing, 1 ms a layer and token"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Stages with their seconds; peak memory in bytes by stage, on one GPU and on the host; and what will not fit."""
+
+    stages: list[StagePlan]
+    rates: Rates
+    gpu_bytes: Mapping[str, int]
+    host_bytes: int
+    problems: list[str]
+    shares: Shares
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages together."""
+        return sum(stage.seconds for stage in self.stages)
+
+
+def shape_of(config: Any, parameters: int) -> Shape:
+    """The sizes of a transformers config."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        parameters, config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size, 2 * heads * width
+    )  # fmt: skip
+
+
+def read_sizes(recipe: Recipe) -> Sizes:
+    """Read the corpus and the model's config (not its weights). Raises UserError where one of them cannot be read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from suasion.models import base_folder
+    from suasion.planning import read_corpus
+
+    corpus = read_corpus(recipe)
+    config = AutoConfig.from_pretrained(base_folder(recipe.model), trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    shape = shape_of(config, sum(parameter.numel() for parameter in model.parameters()))
+    return Sizes(
+        shape,
+        corpus.lengths,
+        sft_rows(recipe, corpus.attainable),
+        corpus.imported,
+        disk_bytes(recipe, corpus.examples) + 4 * shape.parameters,
+    )
+
+
+def flops_a_token(shape: Shape, positions: float, trained: bool) -> float:
+    """FLOPs of reading (2 a parameter) or training (4) one token that sees so many positions."""
+    factor = 4 if trained else 2
+    return factor * (shape.parameters + 2 * shape.layers * shape.width * positions)
+
+
+def rates_of(shape: Shape, lengths: Lengths, batch: int, machine: Machine, shares: Shares) -> Rates:
+    """Tokens a second of one GPU of the machine."""
+    assert machine.gpu is not None
+    peak, bandwidth = machine.gpu.tflops * 1e12, machine.gpu.gbps * 1e9
+    positions = (lengths.context + lengths.reply) / 2
+    cached = (lengths.context + lengths.reply / 2) * shape.layers * shape.cache_width * WEIGHT_BYTES
+    step = max(
+        (WEIGHT_BYTES * shape.parameters + batch * cached) / (bandwidth * shares.decode),
+        shape.layers * shares.layer_seconds,
+    )
+    return Rates(
+        prefill=peak * shares.prefill / flops_a_token(shape, positions, trained=False),
+        decode=batch / step,
+        train=peak * shares.train / flops_a_token(shape, positions, trained=True),
+        weight_bytes=WEIGHT_BYTES * shape.parameters,
+    )
+
+
+def measured_shares(rates: Rates, shape: Shape, lengths: Lengths, batch: int, machine: Machine, name: str) -> Shares:
+    """The shares of the peaks that were reached on a machine of the table, from rates measured there."""
+    full = rates_of(shape, lengths, batch, machine, Shares(1.0, 1.0, 1.0, 0.0, ""))
+    return Shares(
+        rates.train / full.train, rates.prefill / full.prefill, rates.decode / full.decode, 0.0, f"measured here, on {name}"
+    )  # fmt: skip
+
+
+def gpu_memory(recipe: Recipe, shape: Shape, lengths: Lengths, processes: int) -> dict[str, int]:
+    """Peak bytes on one GPU by stage: weights, adapters with their optimiser state, and what backward or the cache needs.
+
+    A trained token keeps about 12 rows of the model's width and 4 of its inner width a layer in bf16; DPO keeps three fp32 rows of
+    the vocabulary for each token of a reply; a response keeps its cache and six rows of the vocabulary (sampling/local.py).
+    """
+    weights = WEIGHT_BYTES * shape.parameters
+    if recipe.processes.profile == "fsdp2":
+        weights //= processes
+    token = shape.layers * (12 * shape.width + 4 * shape.inner) * 2
+    longest = recipe.model.max_length
+
+    def adapter(rank: int, targets: int) -> int:
+        return 16 * shape.layers * targets * rank * 2 * shape.width  # value, gradient and two moments of AdamW
+
+    found = {
+        "sft": weights + adapter(recipe.sft.lora.r, len(recipe.sft.lora.targets)) + recipe.sft.micro_batch_size * longest * token
+    }
+    for arm in recipe.dpo:
+        pairs = arm.micro_batch_size * (recipe.corpus.context_tokens + 2 * recipe.sample.max_new_tokens)
+        logits = arm.micro_batch_size * 2 * recipe.sample.max_new_tokens * shape.vocabulary * 4 * 3
+        found[f"dpo-{arm.name}"] = weights + adapter(arm.lora.r, len(arm.lora.targets)) + pairs * token + logits
+    positions = recipe.corpus.context_tokens + recipe.sample.max_new_tokens
+    response = positions * shape.cache_width * (shape.layers + 1) * 4 + 6 * shape.vocabulary * 4
+    found["sample"] = found["evaluate"] = WEIGHT_BYTES * shape.parameters + recipe.sample.batch_size * response
+    return found
+
+
+def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | None = None) -> Prediction:
+    """Hours and memory of every stage on one GPU of the machine, or on as many as the recipe's profile uses."""
+    shares = shares or Shares()
+    shape, lengths = sizes.shape, sizes.lengths
+    processes = recipe.processes.count if recipe.processes.profile != "one" else 1
+    rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares)
+    spread = Rates(
+        rates.prefill,
+        rates.decode * (recipe.processes.count if recipe.processes.sample else 1),
+        rates.train * processes,
+        rates.weight_bytes,
+    )
+    memory = gpu_memory(recipe, shape, lengths, processes)
+    host = HOST_BYTES + WEIGHT_BYTES * shape.parameters * max(1, min(processes, machine.gpus))
+    problems = []
+    assert machine.gpu is not None
+    room = machine.gpu.gib * GIB * MEMORY_SHARE
+    for stage, needed in memory.items():
+        if needed > room:
+            problems.append(
+                f"{stage} needs {needed / GIB:.1f} GiB of the GPU's {machine.gpu.gib:g}: {advice(stage, needed, room, recipe, shape)}"
+            )
+    if host > machine.host_gib * GIB:
+        problems.append(
+            f"loading needs {host / GIB:.1f} GiB of the host's {machine.host_gib:g}: take a larger size of the same machine"
+        )
+    if max(recipe.processes.count, processes) > machine.gpus:
+        problems.append(f"processes.count is {recipe.processes.count}, it has {machine.gpus} GPUs")
+    return Prediction(
+        stage_plans(recipe, lengths, spread, sizes.sft_rows, sizes.imported), spread, memory, host, problems, shares
+    )
+
+
+def advice(stage: str, needed: int, room: float, recipe: Recipe, shape: Shape) -> str:
+    """What to change so that a stage fits, with the value where one setting will do."""
+    weights = WEIGHT_BYTES * shape.parameters
+    if weights > room:
+        return "the weights alone do not fit: a larger GPU, or processes.profile=fsdp2 on several"
+    if stage in ("sample", "evaluate"):
+        return f"sample.batch_size={max(1, int(recipe.sample.batch_size * (room - weights) / (needed - weights)))}"
+    arm = stage.removeprefix("dpo-")
+    micro = recipe.sft.micro_batch_size if stage == "sft" else recipe.arm(arm).micro_batch_size
+    fits = int(micro * (room - weights) / (needed - weights))
+    key = "sft" if stage == "sft" else f"dpo.{arm}"
+    if fits < 1:
+        return "shorter rows (model.max_length, sample.max_new_tokens) or a larger GPU"
+    section = recipe.sft if stage == "sft" else recipe.arm(arm)
+    divisor = max(size for size in range(1, fits + 1) if section.batch_size % size == 0)
+    return f"{key}.micro_batch_size={divisor}"
+
+
+def lines(recipe: Recipe, sizes: Sizes, names: list[str], table: MachineTable, shares: Shares | None = None) -> list[str]:
+    """Hours, dollars and memory on each named machine, a line a stage that takes a GPU, and what will not fit."""
+    out = []
+    for name in names:
+        machine = table.machines[name]
+        made = predict(recipe, sizes, machine, shares)
+        price = (
+            "price asked at launch"
+            if machine.price is None
+            else f"${made.seconds / 3600 * machine.price:.2f} at ${machine.price:.4g} an hour"
+        )
+        gpu = machine.gpu
+        assert gpu is not None
+        out.append(
+            f"{name} ({machine.gpus} x {gpu.name}, {gpu.gib:g} GiB; host {machine.host_gib:g} GiB): {duration(made.seconds)}, {price} of {table.date}"
+        )
+        for stage in made.stages:
+            if stage.stage in made.gpu_bytes:
+                out.append(
+                    f"  {stage.stage:<22}{duration(stage.seconds):>14}{made.gpu_bytes[stage.stage] / GIB:8.1f} GiB GPU{made.host_bytes / GIB:8.1f} GiB host"
+                )
+        out += [f"  does not fit: {problem}" for problem in made.problems]
+    out.append(f"rates {(shares or Shares()).source}; peaks and prices: {table.date}, machines.yaml")
+    return out

@@ -1,0 +1,207 @@
+"""One training in several processes: started through `accelerate launch`, one command for every profile.
+
+`train_apart` runs in the process of `suasion run`: it writes the stage's context to a file, starts the workers, and turns the death of
+any of them into a message. `main` is a worker: it is the stage's own function, run in every process, of which only the first (rank 0)
+writes. What the trainings need to know of one another stands here too: ranks, order of rows, sums over processes.
+
+The rows of an optimiser step are those of a single process: it takes `batch_size` rows of one shuffled order, and so do N processes
+together, micro-batch by micro-batch. Where an epoch's rows do not fill the last micro-batch of every process, rows without loss do;
+accelerate would repeat rows from the start of the epoch, which is another training.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
+
+from suasion.errors import UserError
+from suasion.models import save_adapter
+from suasion.recipe import Recipe, validate_recipe
+from suasion.records import read_json, write_json
+from suasion.rundir import CHECKPOINTS, Input, StageContext, StageResult
+from suasion.sections.training import ModelSection
+
+CONTEXT, RESULT, FAILURE = "context.json", "result.json", "failure.json"
+
+
+def rank() -> int:
+    """Number of this process among those that train together, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together; 1 outside of `accelerate launch`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def barrier() -> None:
+    """Wait for the other processes; nothing where there are none."""
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def summed(values: dict[str, float], device: str) -> dict[str, float]:
+    """The sums of these numbers over all processes. Every process must call it with the same names."""
+    if world_size() == 1:
+        return values
+    names = sorted(values)
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def fillers(rows: int, micro_batch: int) -> int:
+    """How many rows without loss complete the last micro-batch of every process."""
+    return -rows % (micro_batch * world_size()) if world_size() > 1 else 0
+
+
+class RowOrder(Sampler[int]):
+    """Indices of one epoch's rows, shuffled as one process shuffles them, then those of the rows without loss.
+
+    The order is accelerate's `SeedableRandomSampler`: a permutation from seed + epoch. It counts epochs itself, because accelerate
+    does not tell a sharded sampler which epoch a resumed training is in.
+    """
+
+    def __init__(self, rows: int, filling: int, seed: int):
+        self.rows, self.filling, self.seed, self.epoch = rows, filling, seed, 0
+
+    def __len__(self) -> int:
+        return self.rows + self.filling
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.epoch += 1
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from range(self.rows, self.rows + self.filling)
+
+
+def save_trained(policy: Any, folder: Path, base: ModelSection) -> None:
+    """`save_adapter` by the first process, of tensors gathered from all of them where they are sharded."""
+    state = None
+    if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
+        state = {
+            name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in policy.named_parameters() if p.requires_grad
+        }
+    if rank() == 0:
+        save_adapter(policy, folder, base, state)
+    barrier()
+
+
+def launch_command(recipe: Recipe, context: Path, device: str) -> list[str]:
+    """The `accelerate launch` command of one training. Mixed precision is the training's own business and not named here."""
+    section = recipe.processes
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--num_processes", str(section.count), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", "--num_cpu_threads_per_process", str(max(1, torch.get_num_threads() // (section.count if device == "cpu" else 1))),
+    ]  # fmt: skip
+    if section.profile == "fsdp2":
+        command += [
+            "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_reshard_after_forward", "true",
+            "--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_cpu_ram_efficient_loading", "false",
+        ]  # fmt: skip
+    else:
+        command.append("--multi_gpu")  # accelerate's name for several processes; on a CPU they talk through gloo
+    return [*command, "-m", "suasion.training.processes", str(context)]
+
+
+def train_apart(stage: StageContext, module: str, device: str) -> StageResult:
+    """Run a training stage in the recipe's number of processes.
+
+    Raises UserError with a worker's own message where it gave one, and otherwise with what to do: the next run goes on from the
+    last checkpoint. An interrupt ends the workers too.
+    """
+    if device == "cuda" and torch.cuda.device_count() < stage.recipe.processes.count:
+        raise UserError(
+            f"processes.count is {stage.recipe.processes.count}, this machine has {torch.cuda.device_count()} GPUs. "
+            f"Use --set processes.count={torch.cuda.device_count()}."
+        )
+    folder = stage.folder / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (RESULT, FAILURE):
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / CONTEXT, {"module": module, **_as_json(stage)})
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true" if device == "cpu" else "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    workers = subprocess.Popen(
+        launch_command(stage.recipe, folder / CONTEXT, device), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, said = workers.communicate()
+    except BaseException:  # Ctrl-C reached the workers as well, where there is a terminal; elsewhere they must be told
+        workers.terminate()
+        workers.communicate()
+        raise
+    if (folder / FAILURE).is_file():
+        raise UserError(read_json(folder / FAILURE)["message"])
+    if workers.returncode or not (folder / RESULT).is_file():
+        log = folder / "workers.log"
+        log.write_text(said, encoding="utf-8")
+        raise UserError(
+            f"{stage.stage}: one of {stage.recipe.processes.count} processes died (exit code {workers.returncode}); the others were ended. What they "
+            f"said stands in {log}. Run again: it goes on from the last checkpoint. If memory was short, lower micro_batch_size "
+            "or use processes.profile=fsdp2."
+        )
+    result = StageResult(**read_json(folder / RESULT))
+    result.facts["processes"] = {"profile": stage.recipe.processes.profile, "count": stage.recipe.processes.count}
+    return result
+
+
+def _as_json(stage: StageContext) -> dict[str, Any]:
+    return {
+        "recipe": stage.recipe.model_dump(mode="json"),
+        "stage": stage.stage,
+        "folder": str(stage.folder.resolve()),
+        "inputs": [[item.stage, item.file, str(path.resolve())] for item, path in stage.inputs.items()],
+        "cache": str(stage.cache),
+        "arm": stage.arm,
+        "facts": stage.facts,
+        "waiting": stage.waiting,
+    }
+
+
+def _from_json(data: dict[str, Any]) -> StageContext:
+    return StageContext(
+        recipe=validate_recipe(data["recipe"], "the recipe of the run"),
+        stage=data["stage"],
+        folder=Path(data["folder"]),
+        inputs={Input(stage, file): Path(path) for stage, file, path in data["inputs"]},
+        cache=Path(data["cache"]),
+        arm=data["arm"],
+        facts=data["facts"],
+        waiting=data["waiting"],
+    )
+
+
+def main(context: Path) -> int:
+    """A worker: the stage's function in one of several processes."""
+    import importlib
+
+    from accelerate import PartialState
+
+    from suasion.progress import console
+
+    data = read_json(context)
+    PartialState(cpu=os.environ["ACCELERATE_USE_CPU"] == "true")  # joins the others, and chooses this process's GPU
+    console.quiet = rank() > 0
+    try:
+        result = importlib.import_module(data["module"]).run_stage(_from_json(data))
+    except UserError as error:
+        write_json(context.with_name(FAILURE), {"message": str(error)})
+        return error.exit_code
+    if rank() == 0:
+        write_json(context.with_name(RESULT), vars(result))
+    barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

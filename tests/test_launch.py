@@ -1,0 +1,438 @@
+"""Renting a machine on AWS, against moto's server over real HTTP: whatever goes wrong at whatever call, nothing is left running.
+
+What is left is listed past the proxy, by a plain boto3 client, and not by the code under test.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import stat
+import urllib.parse
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+boto3 = pytest.importorskip("boto3")
+
+from aws_server import IMAGE, MAKING, serve  # noqa: E402
+
+from suasion.errors import UsageError, UserError  # noqa: E402
+from suasion.launch import flow, resources  # noqa: E402
+from suasion.launch.account import Account  # noqa: E402
+from suasion.launch.flow import Launch, run_once  # noqa: E402
+from suasion.launch.offers import QUOTAS, Offer, find_offers  # noqa: E402
+from suasion.launch.session import key_file, load_session, new_session, require_same_account, session_file  # noqa: E402
+from suasion.machines import load_machines  # noqa: E402
+from suasion.recipe import load_recipe  # noqa: E402
+
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+TYPES = ["g5.xlarge"]
+
+
+@pytest.fixture(scope="module")
+def server():
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ.update(AWS_ACCESS_KEY_ID="testing", AWS_SECRET_ACCESS_KEY="not-a-secret", AWS_EC2_METADATA_DISABLED="true")
+    with serve() as (aws, url):
+        os.environ["AWS_ENDPOINT_URL"] = url
+        yield aws
+    account_of.cache_clear()
+    past_the_proxy.cache_clear()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def aws(server, tmp_path, monkeypatch):
+    server.reset()
+    monkeypatch.setenv("SUASION_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(flow, "source_tree", list)  # ssh is tested elsewhere
+    return server
+
+
+class Machine:
+    """Stands for the rented machine: lets in at once and says what the test wants. `sent` holds what went over 'ssh'."""
+
+    address = "192.0.2.1"
+
+    def __init__(self, says: str = "finished 0", raises: BaseException | None = None):
+        self.says, self.raises, self.sent = says, raises, []
+
+    def wait(self, seconds):
+        pass
+
+    def run(self, command, stdin=b"", timeout=0):
+        self.sent.append((command, stdin))
+        if "poll.sh" in command:
+            if self.raises:
+                raise self.raises
+            return f"{self.says}\n\n".encode()
+        return b"/home/ubuntu\n" if command == "pwd" else b""
+
+    def push(self, uploads, texts, folder):
+        self.sent.append((folder, "".join(texts.values()).encode()))
+
+    def pull(self, names, folder, into):
+        into.mkdir(parents=True, exist_ok=True)
+
+
+@lru_cache
+def account_of(attempts: int) -> Account:
+    """One for all tests: botocore takes a second to read what EC2 can do."""
+    return Account("us-east-1", attempts=attempts)
+
+
+@lru_cache
+def past_the_proxy(service: str, backend: int):
+    return boto3.client(service, region_name="us-east-1", endpoint_url=f"http://127.0.0.1:{backend}")
+
+
+def make(tmp_path: Path, machine: Machine, attempts: int = 1, **more) -> Launch:
+    account = account_of(attempts)
+    recipe = load_recipe(TINY)
+    run = tmp_path / "runs" / recipe.name
+    session = new_session(run, account, more.pop("max_hours", 4.0), more.pop("max_dollars", 8.0), more.pop("s3", ""))
+    environment = more.pop("environment", {})
+    return Launch(
+        account,
+        recipe,
+        run,
+        session,
+        load_machines(),
+        "203.0.113.7",
+        70,
+        environment,
+        lambda session: machine,
+        poll=0.0,
+        clean_up_wait=0.0,
+    )
+
+
+def offers_of(launch: Launch, markets=("on-demand",), types=TYPES) -> list[Offer]:
+    return find_offers(launch.account, types, list(markets), launch.table)[0]
+
+
+def left(aws) -> list[str]:
+    """Everything in the account that costs or that a launch makes, listed past the proxy."""
+    ec2, iam = past_the_proxy("ec2", aws.backend), past_the_proxy("iam", aws.backend)
+    found = [
+        f"{item['InstanceId']} {item['State']['Name']}"
+        for reservation in ec2.describe_instances()["Reservations"]
+        for item in reservation["Instances"]
+        if item["State"]["Name"] != "terminated"
+    ]
+    found += [item["GroupName"] for item in ec2.describe_security_groups()["SecurityGroups"] if item["GroupName"] != "default"]
+    found += [item["KeyName"] for item in ec2.describe_key_pairs()["KeyPairs"]]
+    found += [item["VolumeId"] for item in ec2.describe_volumes()["Volumes"]]
+    found += [item["RoleName"] for item in iam.list_roles(PathPrefix="/suasion/")["Roles"]]
+    found += [item["InstanceProfileName"] for item in iam.list_instance_profiles(PathPrefix="/suasion/")["InstanceProfiles"]]
+    return found
+
+
+def asked(aws, action: str) -> list[dict[str, str]]:
+    return [dict(urllib.parse.parse_qsl(body.decode())) for name, body in aws.requests if name == action]
+
+
+def test_a_launch_makes_what_it_needs_and_removes_all_of_it(aws, tmp_path) -> None:
+    machine = Machine()
+    launch = make(tmp_path, machine, environment={"HF_TOKEN": "hf_very_secret"}, s3="s3://results/experiments")
+    ended = run_once(launch, offers_of(launch))
+    assert (ended.how, ended.detail) == ("finished", "0")
+    assert left(aws) == []
+
+    (request,) = asked(aws, "RunInstances")
+    assert request["InstanceType"] == "g5.xlarge"
+    assert request["ImageId"] == IMAGE
+    assert request["InstanceInitiatedShutdownBehavior"] == "terminate"
+    assert request["MetadataOptions.HttpTokens"] == "required"
+    assert request["BlockDeviceMapping.1.Ebs.DeleteOnTermination"] == "true"
+    assert request["BlockDeviceMapping.1.Ebs.Encrypted"] == "true"
+    assert int(request["BlockDeviceMapping.1.Ebs.VolumeSize"]) == 70
+    assert request["IamInstanceProfile.Name"] == launch.session.label
+    assert {value for key, value in request.items() if key.endswith("ResourceType")} == {"instance", "volume"}
+    script = base64.b64decode(request["UserData"]).decode()
+    assert "+240 minutes" in script  # 4 hours, below 8 dollars at 1.02 an hour
+    (rule,) = asked(aws, "AuthorizeSecurityGroupIngress")
+    assert (rule["IpPermissions.1.FromPort"], rule["IpPermissions.1.ToPort"]) == ("22", "22")
+    assert rule["IpPermissions.1.IpRanges.1.CidrIp"] == "203.0.113.7/32"
+
+    everything = b"".join(body for _, body in aws.requests) + script.encode() + session_file(launch.run).read_bytes()
+    for secret in (b"hf_very_secret", b"not-a-secret", b"PRIVATE KEY"):
+        assert secret not in everything
+        assert base64.b64encode(secret)[:-3] not in everything
+    assert [stdin for command, stdin in machine.sent if "install.sh" in command] == [b"HF_TOKEN=hf_very_secret\n"]
+    assert not key_file(launch.session).exists()
+    assert load_session(launch.run).state == "removed"
+
+
+def test_the_caps_are_what_is_left_of_them(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine(), max_dollars=1.5, max_hours=10.0)
+    launch.session.spent_dollars, launch.session.spent_hours = 0.5, 1.0
+    run_once(launch, offers_of(launch))
+    script = base64.b64decode(asked(aws, "RunInstances")[0]["UserData"]).decode()
+    minutes = int(60 * 1.0 / (1.006 + launch.table.side_costs(70)))
+    assert f"+{minutes} minutes" in script
+    launch = make(tmp_path, Machine(), max_dollars=1.5)
+    launch.session.spent_dollars = 1.45
+    with pytest.raises(UserError, match="raise --max-hours or --max-dollars"):
+        run_once(launch, offers_of(launch))
+    assert left(aws) == []
+
+
+def test_spot_is_never_dearer_than_the_cap_assumes(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    offers = offers_of(launch, ("spot",))
+    assert {offer.market for offer in offers} == {"spot"}
+    run_once(launch, offers)
+    request = asked(aws, "RunInstances")[0]
+    assert request["InstanceMarketOptions.MarketType"] == "spot"
+    assert float(request["InstanceMarketOptions.SpotOptions.MaxPrice"]) == pytest.approx(offers[0].price, abs=1e-6)
+    assert left(aws) == []
+
+
+def test_offers_are_sorted_and_within_the_limits(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    offers = offers_of(launch, types=["g5.xlarge", "g6.xlarge"])
+    assert [offer.price for offer in offers] == sorted(offer.price for offer in offers)
+    assert (offers[0].type, offers[0].price, offers[0].vcpus, offers[0].gpus) == ("g6.xlarge", 0.8048, 4, 1)
+    aws.quotas[QUOTAS["g", "spot"]] = 3.0
+    _, refused = find_offers(launch.account, TYPES, ["on-demand", "spot"], launch.table)
+    assert refused == [f"g5.xlarge spot: needs 4 vCPUs, your limit leaves 3 (quota {QUOTAS['g', 'spot']})"]
+
+
+def test_no_price_list_falls_back_to_the_dated_table(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    aws.faults["GetProducts"] = (400, "AccessDeniedException")
+    offer = offers_of(launch)[0]
+    assert offer.price == launch.table.machines["g5.xlarge"].price
+    assert str(launch.table.date) in offer.source
+
+
+def test_no_quota(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    aws.quotas.update(dict.fromkeys(QUOTAS.values(), 0.0))
+    with pytest.raises(UserError, match=r"needs 4 vCPUs, your limit leaves 0 \(quota L-DB2E81BA\)[\s\S]*Raise a quota"):
+        offers_of(launch)
+    assert not MAKING & set(aws.calls)
+
+
+def test_what_runs_already_counts_against_the_limit(aws, tmp_path) -> None:
+    ec2 = past_the_proxy("ec2", aws.backend)
+    other = ec2.run_instances(ImageId=IMAGE, InstanceType="g5.xlarge", MinCount=1, MaxCount=1)
+    aws.quotas[QUOTAS["g", "on-demand"]] = 7.0
+    launch = make(tmp_path, Machine())
+    with pytest.raises(UserError, match="your limit leaves 3"):
+        offers_of(launch)
+    ec2.terminate_instances(InstanceIds=[other["Instances"][0]["InstanceId"]])
+
+
+def test_no_capacity_in_one_zone_means_the_next(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    offers = offers_of(launch)
+    aws.no_capacity = {offers[0].zone}
+    assert run_once(launch, offers).how == "finished"
+    assert offers[1].zone in load_session(launch.run).offer
+    assert left(aws) == []
+
+
+def test_no_capacity_anywhere(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    offers = offers_of(launch)
+    aws.no_capacity = {offer.zone for offer in offers}
+    with pytest.raises(UserError, match="InsufficientInstanceCapacity"):
+        run_once(launch, offers)
+    assert left(aws) == []
+
+
+@pytest.mark.parametrize("s3", ["", pytest.param("s3://results/x", marks=pytest.mark.slow)])
+def test_a_connection_lost_between_any_two_calls_leaves_nothing(aws, tmp_path, monkeypatch, s3) -> None:
+    """Every call of a launch in turn is cut off, before it does anything and after it did: ended or finished, nothing is left."""
+    launch = make(tmp_path / "undisturbed", Machine(), s3=s3)
+    offers = offers_of(launch)
+    before = len(aws.calls)
+    run_once(launch, offers)
+    calls = aws.calls[before:]
+    assert set(calls) >= {
+        "ImportKeyPair",
+        "CreateSecurityGroup",
+        "AuthorizeSecurityGroupIngress",
+        "RunInstances",
+        "TerminateInstances",
+    }
+    assert ("CreateRole" in calls) == bool(s3)
+    outcomes = set()
+    for number, action in enumerate(calls):
+        for moment in ("before", "after") if action in MAKING | {"TerminateInstances"} else ("before",):
+            aws.reset()
+            monkeypatch.setenv("SUASION_STATE", str(tmp_path / f"state-{number}-{moment}"))
+            launch = make(tmp_path / f"{number}-{moment}", Machine(), s3=s3)
+            aws.faults[len(aws.calls) + number] = moment  # the offers of the first launch are still good
+            try:
+                outcomes.add(run_once(launch, offers).how)
+            except UserError:
+                outcomes.add("ended")
+            assert left(aws) == [], f"call {number}, {action}, cut off {moment}"
+            assert load_session(launch.run).state == "removed"
+    assert outcomes == {"finished", "ended"}
+
+
+@pytest.mark.parametrize(
+    "action", ["ImportKeyPair", "CreateSecurityGroup", "AuthorizeSecurityGroupIngress", "RunInstances", "CreateRole"]
+)
+def test_an_answer_lost_once_is_asked_for_again_and_makes_one_thing(aws, tmp_path, monkeypatch, action) -> None:
+    launch = make(tmp_path, Machine(), attempts=3, s3="s3://results/x")
+    offers = offers_of(launch)
+    seen = []
+    monkeypatch.setattr(flow, "deploy", lambda launch, host: seen.append(left(aws)))
+    original = aws.number
+    first = []
+
+    def once(name, body):
+        number = original(name, body)
+        if name == action and not first:
+            first.append(number)
+            aws.faults[number] = "after"
+        return number
+
+    monkeypatch.setattr(aws, "number", once)
+    assert run_once(launch, offers).how == "finished"
+    assert aws.calls.count(action) == 2
+    (things,) = seen
+    assert len([thing for thing in things if thing.startswith("i-")]) == 1
+    assert things.count(launch.session.label) == 4  # group, key pair, role, profile
+    assert left(aws) == []
+
+
+def test_credentials_that_expire_after_the_start(aws, tmp_path) -> None:
+    """Nothing can be removed then; the launch says so, the machine has its end in it, and new credentials remove everything."""
+    launch = make(tmp_path, Machine())
+    offers = offers_of(launch)
+    original = aws.number
+
+    def expire(name, body):
+        if name == "RunInstances":
+            aws.faults["*"] = None
+            aws.expires = True
+        elif getattr(aws, "expires", False):
+            aws.faults["*"] = (401, "AuthFailure")
+        return original(name, body)
+
+    aws.number = expire
+    try:
+        with pytest.raises(UserError, match=r"could not remove[\s\S]*sweep-up[\s\S]*ends itself within 4.0 hours"):
+            run_once(launch, offers)
+    finally:
+        del aws.number, aws.expires
+    assert "+240 minutes" in base64.b64decode(asked(aws, "RunInstances")[0]["UserData"]).decode()
+    assert load_session(launch.run).state != "removed"
+    assert len(left(aws)) >= 3
+    with pytest.raises(UsageError, match="is launched already"):
+        new_session(launch.run, launch.account, 1, 1, "")
+    aws.faults.clear()
+    flow.clean_up(launch.account, launch.session, launch.run, wait=0.0)
+    assert left(aws) == []
+
+
+def test_expired_credentials_from_the_start(aws, tmp_path) -> None:
+    aws.faults["*"] = (403, "ExpiredToken")
+    with pytest.raises(UserError, match="expired or wrong: renew them"):
+        new_session(tmp_path / "tiny", Account("us-east-1", attempts=1), 1, 1, "")
+    aws.faults.clear()
+    assert left(aws) == []
+
+
+@pytest.mark.parametrize("says", ["failed 1", "reclaimed 130", "finished 3"])
+def test_every_end_of_a_run_ends_the_machine(aws, tmp_path, says) -> None:
+    launch = make(tmp_path, Machine(says))
+    ended = run_once(launch, offers_of(launch))
+    assert f"{ended.how} {ended.detail}" == says
+    assert left(aws) == []
+
+
+def test_ctrl_c_ends_the_machine_and_a_second_one_does_not_stop_that(aws, tmp_path, monkeypatch) -> None:
+    launch = make(tmp_path, Machine(raises=KeyboardInterrupt()))
+    offers = offers_of(launch)
+    looked = []
+    original = resources.find_all
+
+    def impatient(*arguments):
+        looked.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(resources, "find_all", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        run_once(launch, offers)
+    assert len(looked) >= 2
+    assert left(aws) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_machine_taken_back_without_a_word(aws, tmp_path, monkeypatch) -> None:
+    launch = make(tmp_path, Machine(raises=flow.Unreachable("no route")))
+    facts = iter([{"state": "running", "address": "192.0.2.1", "reason": ""}, {"state": "running", "address": "", "reason": ""},
+                  {"state": "terminated", "address": "", "reason": "Server.SpotInstanceTermination"}])  # fmt: skip
+    monkeypatch.setattr(flow, "instance_facts", lambda account, instance: next(facts))
+    assert run_once(launch, offers_of(launch)).how == "reclaimed"
+    assert left(aws) == []
+
+
+def test_left_to_itself_it_stays_until_it_is_stopped(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    assert run_once(launch, offers_of(launch), detach=True).how == "running"
+    session = load_session(launch.run)
+    assert (session.state, len(left(aws))) == ("running", 4)  # machine, volume, group, key pair
+    assert stat.S_IMODE(key_file(session).stat().st_mode) == 0o600
+    flow.clean_up(launch.account, session, launch.run, wait=0.0)
+    assert left(aws) == []
+
+
+def test_another_accounts_credentials_are_refused(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    run_once(launch, offers_of(launch), detach=True)
+    aws.account = "999999999999"
+    other = Account("us-east-1", attempts=1)
+    with pytest.raises(UsageError, match="launched in AWS account 123456789012, your credentials belong to 999999999999"):
+        require_same_account(load_session(launch.run), other)
+    theirs = launch.session.model_copy(update={"account": other.id})
+    assert key_file(theirs) != key_file(launch.session)
+    aws.account = ""
+    flow.clean_up(launch.account, launch.session, launch.run, wait=0.0)
+
+
+def test_sweep_up_finds_what_others_left_and_leaves_the_rest_alone(aws, tmp_path) -> None:
+    ec2 = past_the_proxy("ec2", aws.backend)
+    ec2.create_key_pair(KeyName="somebody's own")
+    mine = ec2.run_instances(ImageId=IMAGE, InstanceType="t3.large", MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
+    for number in range(2):
+        launch = make(tmp_path / str(number), Machine(), s3="s3://results/x")
+        run_once(launch, offers_of(launch), detach=True)
+    account = launch.account
+    found = resources.find_all(account)
+    assert sorted(item.kind for item in found) == sorted(
+        2 * ["instance", "security group", "key pair", "instance profile", "role"]
+    )
+    assert {item.run for item in found} == {"tiny"}
+    assert resources.remove_all(account, wait=0.0) == []
+    assert sorted(thing.split()[0] for thing in left(aws) if not thing.startswith("vol")) == sorted([mine, "somebody's"])
+
+
+def test_an_address_that_is_none(tmp_path) -> None:
+    with pytest.raises(UserError, match="--address"):
+        flow.caller_address((tmp_path / "nothing").as_uri())
+    (tmp_path / "page").write_text("<html>log in first</html>")
+    with pytest.raises(UserError, match="--address"):
+        flow.caller_address((tmp_path / "page").as_uri())
+    (tmp_path / "ip").write_text("203.0.113.7\n")
+    assert flow.caller_address((tmp_path / "ip").as_uri()) == "203.0.113.7"
+
+
+@pytest.mark.parametrize("text", ["results/x", "s3://bucket", "s3://bucket/x'; rm -rf /; '", "s3://bucket/a b"])
+def test_an_s3_place_that_is_none(text) -> None:
+    with pytest.raises(UserError, match="s3://BUCKET/PREFIX"):
+        flow.parse_s3(text)
