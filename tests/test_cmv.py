@@ -294,7 +294,7 @@ def test_bots_are_nobody(tmp_path: Path) -> None:
     )
     examples, _, dropped = read(folder)
     assert replies(folder) == ["And besides.", "Because."]
-    assert dropped == {}
+    assert dropped == {"bot's comment with success 1": 1}
     assert all("delta" not in turn.text for example in examples for turn in example.turns)
 
 

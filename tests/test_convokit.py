@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from suasion.corpora import cmv, p4g
 from suasion.corpora.convokit import Tally, ancestors, conversations, gone, in_order, read_utterances, tidy
 from suasion.errors import UserError
 
@@ -154,43 +152,6 @@ def test_a_folder_that_is_no_corpus(tmp_path: Path) -> None:
     (tmp_path / "conversations.json").write_text("{")
     with pytest.raises(UserError, match=r"conversations\.json is not valid JSON"):
         list(conversations(tmp_path, Tally()))
-
-
-def test_fuzzed_corpora_end_in_an_error_with_a_line_or_in_counted_drops(tmp_path: Path) -> None:
-    """Half of the mutations hit bytes of a line, half put a strange value into a field."""
-    rows: list[dict[str, Any]] = [utterance("t", "t", "op", "a post about bread", success=None, pair_ids=[])]
-    rows += [
-        utterance(f"w{i}", "t", f"c{i}", f"a reply {i}", "t", success=i % 2, pair_ids=["p"], role=i % 2, label_1=["x"])
-        for i in range(4)
-    ]
-    metas = {
-        "t": {"meta": {"op-title": "CMV: bread", "op-userID": "op", "op-text-body": "x", "donation_ee": 1.0, "user_er": "c1"}}
-    }
-    strange: list[Any] = [None, 0, -1, True, 1.5, "", "\ud800", "x" * 50, [], [None], {}, {"meta": 3}, "[deleted]", "t", "w1"]
-    for seed in range(600):
-        rng = random.Random(seed)
-        mutated, mutated_metas = json.loads(json.dumps(rows)), json.loads(json.dumps(metas))
-        raw: list[bytes] = []
-        for row in mutated:
-            if rng.random() < 0.3:
-                holder = rng.choice([row, row["meta"], mutated_metas["t"]["meta"]])
-                holder[rng.choice([*holder, "new"])] = rng.choice(strange)
-            line = json.dumps(row).encode()
-            if rng.random() < 0.08:
-                place = rng.randrange(len(line))
-                line = line[:place] + rng.randbytes(rng.randrange(3)) + line[place + rng.randrange(3) :]
-            raw.append(line)
-        folder = write(tmp_path, [], metas=mutated_metas)
-        (folder / "utterances.jsonl").write_bytes(b"\n".join(raw) + b"\n")
-        for extract in (cmv.extract, p4g.extract):
-            tally = Tally()
-            fault = ""
-            try:
-                for examples, pairs in extract(folder, tally):
-                    json.dumps([row.model_dump(mode="json") for row in [*examples, *pairs]], ensure_ascii=False).encode()
-            except UserError as error:
-                fault = str(error)
-            assert not fault or "utterances.jsonl, line" in fault
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:

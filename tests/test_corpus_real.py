@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accounts import assert_they_add_up
 
 from suasion.corpora import cmv, p4g
 from suasion.corpora.convokit import Tally
 from suasion.corpora.stage import run_stage
 from suasion.corpora.stats import source_stats
-from suasion.pools import link, split
+from suasion.linking import link
+from suasion.pools import split, unused
 from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, read_json, read_json_lines, read_rows
 from suasion.rundir import StageContext, StageResult
@@ -58,11 +60,13 @@ CMV_READ = {
     "conversations": 1806,
     "conversations without metadata": 0,
     "speakers": 2642,
+    "posts": 1806,
     "posts without title": 86,
     "posts without body": 322,
     "posts that nobody answered": 447,
     "winning comments": 1662,
     "losing comments": 1677,
+    "comments without an outcome": 0,
     "outcome pairs": 1550,
 }
 CMV_DROPPED = {
@@ -78,6 +82,7 @@ CMV_DROPPED = {
     "reply too long": 790,
     "reply with a context over budget": 1,
     "beyond max_per_conversation": 2,
+    "prompt beside a kept reply": 691,
     "pair under a dropped post": 56,
     "pair with a comment that is not kept": 20,
     "pair with a side too short or too long": 893,
@@ -97,6 +102,7 @@ P4G_READ = {
     "conversations without metadata": 0,
     "speakers": 1285,
     "persuader turns": 10600,
+    "persuadee turns": 10332,
     "dialogues with a donation": 545,
     "dialogues with strategy labels": 300,
 }
@@ -105,14 +111,31 @@ P4G_DROPPED = {
     "off-task chatter": 188,
     "reply too short": 4222,
     "beyond max_per_conversation": 1843,
+    "conversation of which nothing is kept": 88,
 }
 P4G_KEPT = {
-    "conversations": 1017,
+    "conversations": 929,
     "examples": 3330,
     "conversations with an example": 929,
     "conversations with an outcome pair": 0,
     "contexts cut": 655,
 }
+
+
+P4G_PERSUADEES: dict[str, Any] = {  # of the sizes of the CPU recipe
+    "in": {"sft": 321, "rlaif": 64, "rlhf": 47, "eval": 60},
+    "shared": {
+        "sft and rlaif": 9,
+        "sft and rlhf": 4,
+        "sft and eval": 11,
+        "rlaif and rlhf": 1,
+        "rlaif and eval": 5,
+        "rlhf and eval": 2,
+    },
+    "of eval in any other pool": 14,
+    "of eval persuading in any other pool": 17,
+}
+GROUPS = {"cmv": (1756, 2), "p4g": (601, 140)}  # linked conversations, and the largest group of them
 
 
 def test_changemyview_counts(threads: tuple[StageResult, dict[str, Any], StageContext]) -> None:
@@ -127,22 +150,11 @@ def test_persuasionforgood_counts(charity: tuple[StageResult, dict[str, Any], St
     assert counts["longer_wins_rate"] is None
 
 
-def test_every_row_is_kept_or_dropped_for_one_reason() -> None:
-    winners = ("winning comment under a dropped post", "comment that reveals the outcome", "context that reveals the outcome")
-    lengths = (
-        "comment that occurs twice",
-        "reply too short",
-        "reply too long",
-        "reply with a context over budget",
-        "beyond max_per_conversation",
-    )
-    assert CMV_READ["winning comments"] == CMV_KEPT["examples"] + sum(CMV_DROPPED[reason] for reason in (*winners, *lengths))
-    assert CMV_READ["outcome pairs"] == CMV_KEPT["outcome pairs"] + sum(
-        n for reason, n in CMV_DROPPED.items() if reason.startswith("pair ")
-    )
-    assert CMV_READ["conversations"] == CMV_KEPT["conversations"] + 43 + 1
-    assert CMV_KEPT["conversations"] == CMV_KEPT["conversations with an example"] + CMV_KEPT["prompts without reply"]
-    assert P4G_READ["persuader turns"] == P4G_KEPT["examples"] + sum(P4G_DROPPED.values())
+def test_every_row_is_kept_or_dropped_for_one_reason(
+    threads: tuple[StageResult, dict[str, Any], StageContext], charity: tuple[StageResult, dict[str, Any], StageContext]
+) -> None:
+    assert_they_add_up("cmv", threads[1])
+    assert_they_add_up("p4g", charity[1])
 
 
 def test_funnels_account_for_every_row(
@@ -153,7 +165,7 @@ def test_funnels_account_for_every_row(
     assert offered == {
         "replies": 1662 + 136,
         "outcome pairs": 1550,
-        "prompts without reply": 1071,
+        "prompts without reply": 1806 - 44,
         "conversations": 1806,
         "losing comments": 1677 + 150,
         "utterances": 5431,
@@ -248,7 +260,17 @@ def test_the_cpu_recipes_can_be_filled(
     folder = (threads if kind == "cmv" else charity)[2].folder
     examples = list(read_rows(folder / "examples.jsonl", Example))
     pairs = list(read_rows(folder / "outcome_pairs.jsonl", OutcomePair))
-    pools = split(link(examples, pairs, section.near_duplicate), section, seed=0)
+    components = link(examples, pairs, section.near_duplicate)
+    pools = split(components, section, seed=0)
     assert pools.lacking(section) == {}
     assert all((example.outcome or 0) > 0 for example in pools.eval)
     assert kind == "p4g" or (len(pools.grader_pairs) > 200 and len(pools.judge_pairs) > 200)
+    assert len(examples) + len(pairs) == sum(unused(examples, pairs, components, pools).values()) + sum(
+        len(rows) for rows in (pools.sft, pools.rlaif, pools.rlhf, pools.eval, pools.grader_pairs, pools.judge_pairs)
+    )
+    assert (len(components), max(len(component.conversations) for component in components)) == GROUPS[kind]
+    people = pools.facts(components)["persuadees"]
+    assert people == {"cmv": {}, "p4g": P4G_PERSUADEES}[kind]
+    sheet = " ".join(DATA_SHEET.read_text(encoding="utf-8").split())
+    assert f"{GROUPS['cmv'][0]:,} and {GROUPS['p4g'][0]} groups" in sheet
+    assert "of the 60 persuadees of evaluation 14 are persuaded in another pool as well and 17 persuade in one" in sheet

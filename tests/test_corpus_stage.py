@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accounts import assert_they_add_up
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -129,6 +130,8 @@ def test_examples_are_drawn_by_id_and_not_by_position() -> None:
     assert bare not in drawn
     assert any(choose(rows, 3, seed) != drawn for seed in range(6, 12))
     assert choose([bare], 3, 0) == [bare]
+    prompts = [example(n, None) for n in range(90, 99)]
+    assert len(choose(prompts, 3, 0)) == 3
     assert choose([], 3, 0) == []
     assert set(choose(rows, 3, 5)) <= set(choose(rows, 4, 5))
 
@@ -197,6 +200,8 @@ def test_the_bundled_corpora(tmp_path: Path, words: None) -> None:
     assert counts["cmv"]["kept"]["examples"] == 153
     assert counts["p4g"]["kept"]["examples"] == 84
     assert counts["p4g"]["dropped"]["beyond max_per_conversation"] + 84 + 8 + 42 == counts["p4g"]["read"]["persuader turns"]
+    for kind in ("cmv", "p4g"):
+        assert_they_add_up(kind, counts[kind])
     assert len({row.id for row in examples}) == len(examples)
     clean = {row.reply for kind in ("cmv", "p4g") for rows, _ in EXTRACT[kind](bundled_path(kind), Tally()) for row in rows}
     for row in examples:
@@ -237,9 +242,13 @@ def test_own_rows(tmp_path: Path, words: None) -> None:
         "reply too short": 1,
         "reply too long": 1,
         "example without a turn, or with an empty one": 1,
+        "conversation of which nothing is kept": 1,
+        "prompt beside a kept reply": 1,
         "pair with a side too short or too long": 1,
     }
-    assert read_json(folder / "counts.json")["jsonl"]["longer_wins_rate"] == 1.0
+    counts = read_json(folder / "counts.json")["jsonl"]
+    assert counts["longer_wins_rate"] == 1.0
+    assert_they_add_up("jsonl", counts)
     assert set(external_hashes(wanted)) == {"jsonl:examples.jsonl", "jsonl:outcome_pairs.jsonl"}
 
 

@@ -87,7 +87,7 @@ def test_chatter_needs_labels() -> None:
 def test_only_dialogues_with_a_donation(tmp_path: Path) -> None:
     assert read(corpus(tmp_path, donation_ee=0.0), donating_only=True) == (
         [],
-        {"persuader turn in a dialogue without donation": 4},
+        {"dialogue without donation": 1, "persuader turn in a dialogue without donation": 4},
     )
     assert len(read(corpus(tmp_path, donation_ee=None))[0]) == 2
     assert {example.outcome for example in read(corpus(tmp_path, donation_ee=50.0), donating_only=True)[0]} == {2.0}
@@ -95,8 +95,18 @@ def test_only_dialogues_with_a_donation(tmp_path: Path) -> None:
 
 def test_roles_come_from_the_utterances(tmp_path: Path) -> None:
     said = [(None, text, labels) for _, text, labels in SAID]
-    assert read(corpus(tmp_path, said)) == ([], {"dialogue without roles": 1})
-    assert read(corpus(tmp_path, [(True, "x", None)])) == ([], {"dialogue without roles": 1})
+    dropped = {"dialogue without roles": 1, "utterance of a dialogue without roles": len(said)}
+    assert read(corpus(tmp_path, said)) == ([], dropped)
+    assert read(corpus(tmp_path, [(True, "x", None)])) == ([], {**dropped, "utterance of a dialogue without roles": 1})
+
+
+def test_who_speaks_in_a_dialogue(tmp_path: Path) -> None:
+    """As its metadata say; where they do not, whoever speaks in the role."""
+    for meta, who in (
+        ({"user_er": "ann\u200b", "user_ee": "ben\ud800"}, ("ann", "ben?")),
+        ({"user_er": None, "user_ee": "[deleted]"}, ("worker_0", "worker_1")),
+    ):
+        assert {(example.author, example.persuadee) for example in read(corpus(tmp_path, **meta))[0]} == {who}
 
 
 def test_turns_without_text_or_labels(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from suasion.errors import UserError
-from suasion.pools import apportion, attainable, conversation_hash, eval_seal, link, run_stage, split
+from suasion.linking import link
+from suasion.pools import apportion, attainable, conversation_hash, eval_seal, run_stage, split, unused
 from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, Prompt, Turn, content_id, read_json, read_rows, write_rows
 from suasion.rundir import Input, StageContext
@@ -223,9 +224,9 @@ def test_links_are_followed_through() -> None:
         example("b", author="x"),
         example("b", 1, author="x"),
         example("c", author="y"),
-        example("c", corpus="p4g", author="x"),
+        example("c", corpus="cmv-2", author="x"),  # of a second folder of the same forum
     ]
-    assert [len(component.conversations) for component in link(rows, [], 0.5)] == [2, 1, 1]
+    assert [len(component.conversations) for component in link(rows, [], 0.5)] == [3, 1]
 
 
 def test_what_is_linked_to_held_out_conversations_is_held_out_too(tmp_path: Path) -> None:
@@ -278,6 +279,14 @@ def test_a_pasted_reply_links_and_a_short_one_does_not(rng: random.Random) -> No
     assert linked_ids(rows, pairs) == [["a", "b", "e"], ["c"], ["d"], ["f"]]
 
 
+def test_rows_that_contradict_each_other_are_refused() -> None:
+    """Ids that somebody gave by hand may collide between two files of own rows."""
+    rows = [example("a"), example("b").model_copy(update={"id": example("a").id, "corpus": "jsonl-2"})]
+    with pytest.raises(UserError, match=r"two rows have the id [0-9a-f]{16}: .* cmv a and jsonl-2 b"):
+        link(rows, [], 0.5)
+    assert len(link([rows[0], rows[0]], [], 0.5)) == 1
+
+
 def linked_ids(rows: list[Example], pairs: list[OutcomePair] | None = None) -> list[list[str]]:
     return [[conversation.key[1] for conversation in component.conversations] for component in link(rows, pairs or [], 0.5)]
 
@@ -300,6 +309,89 @@ def test_attainable_is_the_recipe_where_it_fits_and_nothing_where_nothing_does()
     assert rest["sft"] > 30
     assert rest["rlaif"] == 24
     assert set(attainable(link(COMPONENT_ROWS[0][:2], [], 0.5), SECTION, 0).values()) == {0}
+
+
+def test_every_row_is_in_a_pool_or_dropped_for_one_reason(tmp_path: Path) -> None:
+    rows, pairs = corpus()
+    for n, section in enumerate((SECTION, SECTION.model_copy(update={"sft": "rest"}))):
+        stage = write_stage(tmp_path / str(n), section, [*rows, *rows[:3]], [*pairs, pairs[0]])
+        result = run_stage(stage)
+        written = sum(len(path.read_text().splitlines()) for path in stage.folder.glob("*.jsonl"))
+        assert result.rows_out == written
+        assert result.rows_in == len(rows) + len(pairs) + 4 == written + sum(result.dropped.values())
+        assert result.dropped["row that occurs twice"] == 4
+        assert result.dropped["pair of a conversation in pool eval"] > 0
+
+
+def test_shared_persuadees_are_counted(tmp_path: Path) -> None:
+    """Each persuader talks to one persuadee, each persuadee hears two persuaders, and one of them persuades as well."""
+    rows = [
+        example(f"d{i}", n, "p4g", f"persuader{i}").model_copy(update={"persuadee": f"persuadee{i // 2}"})
+        for i in range(40)
+        for n in range(2)
+    ]
+    rows += [example("both", 0, "p4g", "persuadee0")]
+    stage = write_stage(tmp_path, PoolsSection(sft="rest", rlaif=6, rlhf=5, eval=8), rows, [])
+    facts = run_stage(stage).facts["persuadees"]
+    of = {row.conversation_id: row.persuadee for row in rows}
+    pools: dict[str, list[Example] | list[Prompt]] = {
+        "sft": list(read_rows(stage.folder / "sft.jsonl", Example)),
+        "rlaif": list(read_rows(stage.folder / "rlaif.jsonl", Prompt)),
+        "rlhf": list(read_rows(stage.folder / "rlhf.jsonl", Prompt)),
+        "eval": list(read_rows(stage.folder / "eval.jsonl", Example)),
+    }
+    people = {name: {of[row.conversation_id] for row in members} - {None} for name, members in pools.items()}
+    assert facts["in"] == {name: len(theirs) for name, theirs in people.items()}
+    assert facts["shared"] == {f"{one} and {two}": len(people[one] & people[two]) for one, two in combinations(people, 2)}
+    elsewhere = people["sft"] | people["rlaif"] | people["rlhf"]
+    assert facts["of eval in any other pool"] == len(people["eval"] & elsewhere) > 0
+    trainers = {row.author for name in ("sft", "rlaif", "rlhf") for row in pools[name]}
+    assert facts["of eval persuading in any other pool"] == len(people["eval"] & trainers)
+    assert run_stage(write_stage(tmp_path / "none", SECTION, *corpus())).facts["persuadees"] == {}
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> tuple[list[Example], list[OutcomePair]]:
+    """Any number of conversations, with few authors and few posts among them, so that many are linked."""
+    rows, pairs = [], []
+    for i in range(draw(st.integers(1, 24))):
+        name, author = draw(st.sampled_from(["cmv", "p4g"])), f"author{draw(st.integers(0, 60))}"
+        post = prose(f"post{draw(st.integers(0, 50))}")
+        for n in range(draw(st.integers(1, 3))):
+            replied, outcome = draw(st.booleans()), float(draw(st.integers(0, 1)))
+            row = example(f"c{i}", n, name, author, replied=replied, outcome=outcome, text=post)
+            rows.append(row)
+            pairs += [pair(row).model_copy(update={"id": f"pair {i} {n}"})] * (replied and draw(st.booleans()))
+    return rows, pairs
+
+
+@settings(max_examples=20, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@given(corpora(), st.randoms(use_true_random=False), st.integers(1, 6), st.integers(0, 3), st.integers(0, 99))
+def test_any_corpus_is_split_without_overlap_in_any_order(
+    rows: tuple[list[Example], list[OutcomePair]], rng: random.Random, size: int, judged: int, seed: int
+) -> None:
+    examples, pairs = rows
+    section = PoolsSection(sft="rest", rlaif=size, rlhf=size, eval=size, judge_conversations=judged)
+    components = link(examples, pairs, 0.5)
+    pools = split(components, section, seed)
+    shuffled = rng.sample(examples, len(examples)), rng.sample(pairs, len(pairs))
+    assert split(link(*shuffled, 0.5), section, seed) == pools
+    if not pools.lacking(section):
+        assert (len(pools.rlaif), len(pools.rlhf), len(pools.eval)) == (size, size, size)
+    texts = {(row.corpus, row.conversation_id): row.turns[0].text for row in examples}
+    shared: dict[str, set[tuple[str, str]]] = {}
+    for name in ("sft", "rlaif", "rlhf", "eval", "judge_pairs"):
+        for row in getattr(pools, name):
+            key = (row.corpus, row.conversation_id)
+            for mark in (f"conversation {key}", f"author {getattr(row, 'author', None) or row.group}", f"post {texts[key]}"):
+                shared.setdefault(mark, set()).add(name)
+    assert all(len(names) == 1 for names in shared.values())
+    for name in ("rlhf", "eval"):
+        keys = [(row.corpus, row.conversation_id) for row in getattr(pools, name)]
+        assert len(keys) == len(set(keys))
+    dropped = unused(examples, pairs, components, pools)
+    kept = [*pools.sft, *pools.rlaif, *pools.rlhf, *pools.eval, *pools.grader_pairs, *pools.judge_pairs]
+    assert len(kept) + sum(dropped.values()) == len(examples) + len(pairs)
 
 
 def test_apportion() -> None:

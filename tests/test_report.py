@@ -96,6 +96,11 @@ MADE = (
                 "judge_pairs": 72,
                 "components": 155,
                 "leftover_conversations": 1,
+                "persuadees": {
+                    "in": {"sft": 90, "rlaif": 40, "rlhf": 0, "eval": 25},
+                    "of eval in any other pool": 3,
+                    "of eval persuading in any other pool": 2,
+                },
             },
             "sample": {"responses": 476, "flags": {"cut-off": 10, "looping": 1}},
         },
@@ -317,6 +322,14 @@ def made(counts: object = COUNTS, facts: dict = MADE, recipe: Recipe | None = No
         table.name: [[f"{text} {bounds}".strip() for _, text, bounds in table.cells(row)] for row in table.rows]
         for table in tables
     }
+
+
+def test_shared_persuadees_stand_beside_the_pools():
+    (pools,) = (table for table in making(COUNTS, MADE, make_recipe(), {}) if table.name == "pools")
+    assert "of the 25 persuadees of eval, 3 are persuaded in another pool as well and 2 persuade in one." in pools.note
+    facts = {**MADE, "counts": {"pools": {**MADE["counts"]["pools"], "persuadees": {}}}}
+    (pools,) = (table for table in making(COUNTS, facts, make_recipe(), {}) if table.name == "pools")
+    assert "persuadees" not in pools.note
 
 
 def test_how_it_was_made_stands_in_compact_tables():

@@ -89,7 +89,8 @@ def read_corpus(recipe: Recipe) -> CorpusFacts:
     import tempfile
 
     from suasion.corpora.stage import run_stage as extract
-    from suasion.pools import attainable, conversation_hash, link, split
+    from suasion.linking import link
+    from suasion.pools import attainable, conversation_hash, split
     from suasion.records import Example, OutcomePair, read_rows
     from suasion.rundir import StageContext, cache_dir
 

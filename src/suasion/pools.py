@@ -4,41 +4,32 @@ Reads the corpus stage's `examples.jsonl` and `outcome_pairs.jsonl`; writes `sft
 `grader_pairs.jsonl` (of the SFT pool's conversations), `judge_pairs.jsonl` (of conversations in no pool) and `held_out.json`
 (hashes of conversations that nothing may train on: those of the evaluation and judge pairs, and all that are linked to them).
 
-Two conversations are linked if they have an author or a reply (of some length) in common or are near-duplicates of each other.
-What is linked, however indirectly, is one component and goes into one pool whole: that makes the pools disjoint by conversation,
-author and text at once.
-Large components (a persuader with many dialogues) go to the SFT pool, which has room. Every choice is a hash of seed and id, so
-that the order of the rows changes nothing.
+What is linked (`linking.py`: one author, one reply, or nearly one text) goes into one pool whole. Large components (a persuader with
+many dialogues) go to the SFT pool, which has room. Every choice is a hash of seed and id, so that the order of the rows changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Any, TypeVar
 
-import numpy as np
-
 from suasion.errors import UserError
-from suasion.records import Example, OutcomePair, Prompt, canonical_json, content_id, read_rows, turns_key, write_json, write_rows
+from suasion.linking import Component, Conversation, Key, link
+from suasion.records import Example, OutcomePair, Prompt, canonical_json, read_rows, turns_key, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.sections.corpus import PoolsSection
 from suasion.seeding import derive_seed
 
 Drawn = TypeVar("Drawn", Example, Prompt)
-Key = tuple[str, str]  # corpus and conversation id
 
 SMALL = 3  # conversations of a component up to which the small pools take it as readily as any other
-SHINGLE = 5  # words
-LEAST_SHINGLES = 20  # shorter texts ("Hello, how are you?") are alike by chance
-PASTED = 12  # words from which two equal replies are one text, pasted twice
-PERMUTATIONS = 128  # standard error of an estimated similarity of .5: .044
 SIZES = ("sft", "rlaif", "rlhf", "eval", "judge_conversations")
+TRAINING = ("sft", "rlaif", "rlhf")
+EVAL_SHARED, EVAL_PERSUADING = "of eval in any other pool", "of eval persuading in any other pool"  # keys of facts.persuadees
 
 
 def run_stage(stage: StageContext) -> StageResult:
@@ -65,6 +56,7 @@ def run_stage(stage: StageContext) -> StageResult:
     return StageResult(
         rows_in=len(examples) + len(pairs),
         rows_out=rows_out,
+        dropped=unused(examples, pairs, components, pools),
         facts={**pools.facts(components), "eval_seal": eval_seal(pools.eval)},
     )
 
@@ -80,50 +72,13 @@ def conversation_hash(conversation_id: str) -> str:
     return hashlib.sha256(conversation_id.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """The rows of one conversation, each list sorted by id."""
-
-    key: Key
-    authors: tuple[str, ...]
-    examples: tuple[Example, ...]
-    pairs: tuple[OutcomePair, ...]
-
-    @cached_property
-    def replied(self) -> tuple[Example, ...]:
-        """Examples with a human reply."""
-        return tuple(example for example in self.examples if example.reply is not None)
-
-    @cached_property
-    def won(self) -> tuple[Example, ...]:
-        """Examples with a human reply that persuaded."""
-        return tuple(example for example in self.replied if (example.outcome or 0) > 0)
-
-    @cached_property
-    def prompts(self) -> tuple[Prompt, ...]:
-        """The distinct contexts."""
-        return tuple({prompt.id: prompt for prompt in (example.prompt() for example in self.examples)}.values())
-
-
-@dataclass(frozen=True)
-class Component:
-    """Linked conversations, sorted by key. Its corpus is the first one's."""
-
-    conversations: tuple[Conversation, ...]
-
-    @property
-    def corpus(self) -> str:
-        """The corpus whose share of a pool it counts for."""
-        return self.conversations[0].key[0]
-
-    def rank(self, seed: int, purpose: str) -> int:
-        """Its place in the lottery for one pool."""
-        return derive_seed(seed, purpose, *self.conversations[0].key)
-
-
 @dataclass
 class Pools:
-    """The finished pools. `judge` counts the conversations with judge pairs; `held_out` are the ids that nothing may train on."""
+    """The finished pools.
+
+    `places` says in which pool a conversation's component went ("judge": kept for judging, absent: in none), `judge` counts the
+    conversations with judge pairs, and `held_out` are the ids that nothing may train on.
+    """
 
     sft: list[Example] = field(default_factory=list)
     rlaif: list[Prompt] = field(default_factory=list)
@@ -131,6 +86,7 @@ class Pools:
     eval: list[Example] = field(default_factory=list)
     grader_pairs: list[OutcomePair] = field(default_factory=list)
     judge_pairs: list[OutcomePair] = field(default_factory=list)
+    places: dict[Key, str] = field(default_factory=dict)
     held_out: set[str] = field(default_factory=set)
     judge: int = 0
     leftover: int = 0
@@ -148,15 +104,11 @@ class Pools:
 
     def facts(self, components: Sequence[Component]) -> dict[str, Any]:
         """Sizes, conversations and corpora of each pool, for the manifest."""
-        pools: dict[str, Sequence[Example] | Sequence[Prompt]] = {
-            "sft": self.sft,
-            "rlaif": self.rlaif,
-            "rlhf": self.rlhf,
-            "eval": self.eval,
-        }
+        pools = self._rows()
+        keys = {name: {(row.corpus, row.conversation_id) for row in rows} for name, rows in pools.items()}
         return {
             "sizes": {name: len(rows) for name, rows in pools.items()},
-            "conversations": {name: len({(row.corpus, row.conversation_id) for row in rows}) for name, rows in pools.items()},
+            "conversations": {name: len(theirs) for name, theirs in keys.items()},
             "corpora": {name: dict(sorted(Counter(row.corpus for row in rows).items())) for name, rows in pools.items()},
             "eval_replies_that_persuaded": sum((example.outcome or 0) > 0 for example in self.eval),
             "grader_pairs": len(self.grader_pairs),
@@ -166,76 +118,11 @@ class Pools:
             "leftover_conversations": self.leftover,
             "components": len(components),
             "largest_component": max((len(component.conversations) for component in components), default=0),
+            "persuadees": _persuadees(components, keys),
         }
 
-
-def link(examples: Iterable[Example], pairs: Iterable[OutcomePair], near_duplicate: float) -> list[Component]:
-    """Connected components of conversations that have an author, a reply or a near-duplicate text in common, by first key."""
-    rows: dict[Key, tuple[list[Example], list[OutcomePair]]] = defaultdict(lambda: ([], []))
-    for example in examples:
-        rows[example.corpus, example.conversation_id][0].append(example)
-    for pair in pairs:
-        rows[pair.corpus, pair.conversation_id][1].append(pair)
-    conversations = [_conversation(key, *rows[key]) for key in sorted(rows)]
-    parent = {conversation.key: conversation.key for conversation in conversations}
-
-    def find(key: Key) -> Key:
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
-    firsts: dict[tuple[str, ...], Key] = {}
-    for conversation in conversations:
-        shared = [("author", conversation.key[0], author) for author in conversation.authors]
-        for mark in (*shared, *(("reply", reply) for reply in _replies(conversation))):
-            parent[find(conversation.key)] = find(firsts.setdefault(mark, conversation.key))
-    for one, other in near_duplicates(conversations, near_duplicate):
-        parent[find(one)] = find(other)
-    grouped: dict[Key, list[Conversation]] = defaultdict(list)
-    for conversation in conversations:
-        grouped[find(conversation.key)].append(conversation)
-    return sorted((Component(tuple(members)) for members in grouped.values()), key=lambda c: c.conversations[0].key)
-
-
-def near_duplicates(conversations: Sequence[Conversation], threshold: float) -> Iterator[tuple[Key, Key]]:
-    """Yield pairs of conversations of which a text has an estimated Jaccard similarity of word 5-grams of at least `threshold`.
-
-    Compared are what the persuaded person first said (a post), and everything said in the conversation. Estimates are MinHash's
-    (Broder 1997), candidates those that agree in a whole band of it. datasketch makes the sketches and chooses the bands; its index
-    of them would take ten times the memory of the sketches, so that the bands are gone through one by one instead.
-    """
-    from datasketch import MinHash, MinHashLSH
-
-    # Bands are tuned to a lower threshold, since they miss half of what lies just above theirs; the estimate then decides.
-    bands = MinHashLSH(threshold=min(0.8 * threshold, 0.9), num_perm=PERMUTATIONS)
-    blank = MinHash(num_perm=PERMUTATIONS, hashfunc=_hash32)
-    keys: list[Key] = []
-    sketches: list[np.ndarray] = []
-    for conversation in conversations:
-        for text in _texts(conversation):
-            grams = shingles(text)
-            if len(grams) >= LEAST_SHINGLES:
-                sketch = blank.copy()
-                sketch.update_batch(sorted(grams))
-                keys.append(conversation.key)
-                sketches.append(sketch.hashvalues)
-    tried: set[tuple[int, int]] = set()
-    for start in range(0, bands.b * bands.r, bands.r):
-        alike: dict[bytes, list[int]] = defaultdict(list)
-        for number, sketch in enumerate(sketches):
-            alike[sketch[start : start + bands.r].tobytes()].append(number)
-        for one, other in chain.from_iterable(combinations(numbers, 2) for numbers in alike.values()):
-            if keys[one] != keys[other] and (one, other) not in tried:
-                tried.add((one, other))
-                if np.mean(sketches[one] == sketches[other]) >= threshold:
-                    yield keys[one], keys[other]
-
-
-def shingles(text: str) -> set[bytes]:
-    """Word 5-grams of a text, in lower case and without punctuation."""
-    words = _words(text)
-    return {" ".join(words[i : i + SHINGLE]).encode() for i in range(len(words) - SHINGLE + 1)}
+    def _rows(self) -> dict[str, Sequence[Example] | Sequence[Prompt]]:
+        return {"sft": self.sft, "rlaif": self.rlaif, "rlhf": self.rlhf, "eval": self.eval}
 
 
 def split(components: Sequence[Component], section: PoolsSection, seed: int) -> Pools:
@@ -247,6 +134,9 @@ def split(components: Sequence[Component], section: PoolsSection, seed: int) -> 
     free = list(components)
     pools = Pools()
 
+    def settle(components: Iterable[Component], place: str) -> None:
+        pools.places.update((conversation.key, place) for conversation in _members(components))
+
     def take(purpose: str, need: int, capacity: Callable[[Component], int], cost: Callable[[Component], int]) -> list[Component]:
         nonlocal free
         ranked = sorted(
@@ -256,6 +146,7 @@ def split(components: Sequence[Component], section: PoolsSection, seed: int) -> 
         taken = _stratified(ranked, need, capacity)
         chosen = set(map(id, taken))
         free = [component for component in free if id(component) not in chosen]
+        settle(taken, purpose)
         return taken
 
     chosen = take("eval", section.eval, lambda c: _count(c, "won"), lambda c: 0)
@@ -287,6 +178,8 @@ def split(components: Sequence[Component], section: PoolsSection, seed: int) -> 
     in_sft = {(example.corpus, example.conversation_id) for example in pools.sft}
     pools.grader_pairs = [pair for c in _members(free) if c.key in in_sft for pair in c.pairs]
     outside = [*judge, *left]
+    idle = set(map(id, left))
+    settle((component for component in free if id(component) not in idle), "sft")
     pools.judge_pairs = [pair for conversation in _members(outside) for pair in conversation.pairs]
     pools.held_out |= {each.key[1] for component in outside if _count(component, "pairs") for each in component.conversations}
     pools.judge = sum(bool(conversation.pairs) for conversation in _members(outside))
@@ -294,6 +187,32 @@ def split(components: Sequence[Component], section: PoolsSection, seed: int) -> 
     for rows in (pools.sft, pools.rlaif, pools.rlhf, pools.eval, pools.grader_pairs, pools.judge_pairs):
         rows.sort(key=lambda row: row.id)
     return pools
+
+
+def unused(
+    examples: Sequence[Example], pairs: Sequence[OutcomePair], components: Sequence[Component], pools: Pools
+) -> dict[str, int]:
+    """Rows that went into the stage and not out of it, by reason. A prompt stands for one example, whatever number share its context."""
+    kept = {row.id for rows in (pools.sft, pools.eval, pools.grader_pairs, pools.judge_pairs) for row in rows}
+    prompts = {prompt.id for prompt in (*pools.rlaif, *pools.rlhf)}
+    dropped: Counter[str] = Counter()
+    rows = 0
+    for conversation in _members(components):
+        place = pools.places.get(conversation.key)
+        where = {None: "a conversation in no pool", "judge": "a conversation kept for judging"}.get(
+            place, f"a conversation in pool {place}"
+        )
+        rows += len(conversation.examples) + len(conversation.pairs)
+        for example in conversation.examples:
+            if example.id in kept:
+                continue
+            if place in ("rlaif", "rlhf") and (prompt := example.prompt().id) in prompts:
+                prompts.remove(prompt)
+            else:
+                dropped[f"example of {where}, not drawn"] += 1
+        dropped[f"pair of {where}"] += sum(pair.id not in kept for pair in conversation.pairs)
+    dropped["row that occurs twice"] = len(examples) + len(pairs) - rows
+    return dict(sorted((+dropped).items()))
 
 
 def attainable(components: Sequence[Component], section: PoolsSection, seed: int) -> dict[str, int]:
@@ -334,41 +253,6 @@ def _too_small(lacking: dict[str, tuple[int, int]], components: Sequence[Compone
         return text + " No sizes in these proportions fit: use a larger corpus, or widen corpus.reply_tokens."
     kept = [name for name in SIZES if getattr(section, name) != "rest" and sizes[name] != getattr(section, name)]
     return text + " These sizes fit: " + " ".join(f"--set pools.{name}={sizes[name]}" for name in kept)
-
-
-def _conversation(key: Key, examples: list[Example], pairs: list[OutcomePair]) -> Conversation:
-    unique = {example.id: example for example in examples}
-    authors = {example.author for example in examples} | {pair.group for pair in pairs}
-    return Conversation(
-        key=key,
-        authors=tuple(sorted(authors)),
-        examples=tuple(unique[identity] for identity in sorted(unique)),
-        pairs=tuple(sorted({pair.id: pair for pair in pairs}.values(), key=lambda pair: pair.id)),
-    )
-
-
-def _texts(conversation: Conversation) -> list[str]:
-    said = [example.turns for example in conversation.examples] + [pair.turns for pair in conversation.pairs]
-    whole = dict.fromkeys(turn.text for turns in said for turn in turns)
-    whole.update(dict.fromkeys(example.reply for example in conversation.replied if example.reply))
-    texts = sorted({turns[0].text for turns in said if turns and turns[0].role == "user"})
-    everything = "\n".join(sorted(whole))
-    return texts if everything in texts else [*texts, everything]
-
-
-def _replies(conversation: Conversation) -> list[str]:
-    """Hashes of a conversation's human replies, word by word, that are too long to be equal by chance."""
-    said = [example.reply or "" for example in conversation.examples]
-    said += [text for pair in conversation.pairs for text in (pair.winner, pair.loser)]
-    return sorted({content_id("reply", *words) for words in map(_words, said) if len(words) >= PASTED})
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _hash32(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
 
 
 def _stratified(ranked: Sequence[Component], need: int, capacity: Callable[[Component], int]) -> list[Component]:
@@ -432,6 +316,24 @@ def _sft(free: Sequence[Component], size: int | str, seed: int) -> tuple[list[Ex
         chosen = [*chosen, *passed[: int(size) - len(chosen)]]
     used = {(example.corpus, example.conversation_id) for example in chosen}
     return chosen, [c for c in free if not any(conversation.key in used for conversation in c.conversations)]
+
+
+def _persuadees(components: Sequence[Component], keys: dict[str, set[Key]]) -> dict[str, Any]:
+    """How many persuadees each pool has, and how many of them two pools share; {} where nobody but authors is known.
+
+    Pools are disjoint by author only. A worker may also be persuadee in one dialogue and persuader in another.
+    """
+    members = {conversation.key: conversation for conversation in _members(components)}
+    people = {name: {who for key in theirs for who in members[key].persuadees} for name, theirs in keys.items()}
+    if not any(people.values()):
+        return {}
+    authors = {who for name in TRAINING for key in keys[name] for who in members[key].authors}
+    return {
+        "in": {name: len(theirs) for name, theirs in people.items()},
+        "shared": {f"{one} and {other}": len(people[one] & people[other]) for one, other in combinations(people, 2)},
+        EVAL_SHARED: len(people["eval"] & set().union(*(people[name] for name in TRAINING))),
+        EVAL_PERSUADING: len(people["eval"] & authors),
+    }
 
 
 def _members(components: Iterable[Component]) -> Iterator[Conversation]:

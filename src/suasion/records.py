@@ -55,8 +55,9 @@ class Prompt(Row):
 class Example(Row):
     """A prompt with the reply that a human gave.
 
-    author: CMV: the poster; P4G: the persuader. outcome: 1.0 persuaded, 0.0 not, P4G: the donation in dollars (capped at 2),
-    None unknown. reply is None for posts that nobody answered: they can only become prompts.
+    author: CMV: the poster; P4G: the persuader. persuadee: who was to be persuaded, where that is somebody else and known; pools
+    count whom they share. outcome: 1.0 persuaded, 0.0 not, P4G: the donation in dollars (capped at 2), None unknown. reply is None
+    for posts that nobody answered: they can only become prompts.
     """
 
     format: Literal["example/1"] = "example/1"
@@ -64,6 +65,7 @@ class Example(Row):
     corpus: str
     conversation_id: str
     author: str
+    persuadee: str | None = None
     turns: tuple[Turn, ...]
     reply: str | None
     outcome: float | None
@@ -169,6 +171,7 @@ class Preference(Row):
 
 _DECODER = json.JSONDecoder()
 _BLANKS = re.compile(r"[ \t\n\r]*")
+_NO_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such bytes
 
 RowType = TypeVar("RowType", bound=Row)
 
@@ -238,7 +241,7 @@ def read_json_members(path: Path) -> Iterator[tuple[str, Any]]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
-    with path.open(encoding="utf-8-sig") as handle:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as handle:  # so that a byte that is no UTF-8 has a line
         window = _Window(handle)
         try:
             if (first := window.peek()) != "{":
@@ -292,6 +295,8 @@ class _Window:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.place)
+            except RecursionError as error:
+                raise self.fault("values are nested too deeply") from error
             except ValueError as error:
                 if not self._grow():
                     place = error.pos if isinstance(error, json.JSONDecodeError) else self.place
@@ -307,6 +312,8 @@ class _Window:
         if piece:
             self.lines += self.text.count("\n", 0, self.place)
             self.text, self.place = self.text[self.place :] + piece, 0
+            if not piece.isascii() and (broken := _NO_UTF8.search(self.text)):
+                raise self.fault("it is not UTF-8", broken.start())
         return bool(piece)
 
 
@@ -364,9 +371,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read one JSON document. Raises UserError where it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes().decode())
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist.") from error
+    except UnicodeDecodeError as error:
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{path} is not valid JSON (it is not UTF-8: line {line}).") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
 

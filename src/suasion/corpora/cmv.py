@@ -207,6 +207,8 @@ def _thread(conversation: Conversation, tally: Tally, corpus: str) -> _Thread | 
     poster = tidy(poster) if isinstance(poster, str) and tidy(poster) else (root.speaker if root is not None else "[deleted]")
     post = "\n\n".join(part for part in (title, body) if part)
     thread = _Thread(conversation, tally, corpus, post, poster, root.id if root is not None else conversation.id)
+    tally.read["posts"] += root is not None
+    tally.read["comments without an outcome"] += len(conversation.utterances) - (root is not None) - thread.labelled
     tally.read["posts without title"] += not title
     tally.read["posts without body"] += not body
     tally.read["posts that nobody answered"] += len(conversation.utterances) == 1
@@ -228,6 +230,7 @@ class _Thread:
         self.id, self.utterances, self.tally, self.corpus = conversation.id, conversation.utterances, tally, corpus
         self.post, self.poster, self.root = post, poster, root
         self.author = conversation.id if gone(poster) else poster  # everybody who deleted an account is called [deleted]
+        self.labelled = 0  # comments with an outcome, whoever wrote them
         self.winning, self.losing = self._comments(1), self._comments(0)
         self.sides: dict[str, tuple[list[Utterance], list[Utterance]]] = defaultdict(lambda: ([], []))
         for side, comments in enumerate((self.winning, self.losing)):
@@ -271,13 +274,16 @@ class _Thread:
         return list(found.values())
 
     def _comments(self, success: int) -> list[Utterance]:
-        """Challengers' comments of one outcome, by id; the poster's own are tallied and left out."""
+        """Challengers' comments of one outcome, by id; the poster's own and bots' are tallied and left out."""
         kept = []
         for comment in sorted(self.utterances.values(), key=lambda utterance: utterance.id):
             value = comment.meta.get("success")
-            if comment.id == self.root or isinstance(value, bool) or value != success or _BOT.match(comment.speaker):
+            if comment.id == self.root or isinstance(value, bool) or value != success:
                 continue
-            if comment.speaker != self.poster:
+            self.labelled += 1
+            if _BOT.match(comment.speaker):
+                self.tally.dropped[f"bot's comment with success {success}"] += 1
+            elif comment.speaker != self.poster:
                 kept.append(comment)
             elif gone(self.poster):  # any other [deleted] may be the poster too: never train on the persuaded person
                 self.tally.dropped[f"comment with success {success} whose author may be the poster"] += 1

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from suasion.errors import UserError
-from suasion.records import read_json, read_json_lines, read_json_members
+from suasion.records import read_json_lines, read_json_members
 
 FILES = ("utterances.jsonl", "conversations.json", "index.json", "speakers.json", "users.json")
 GONE = frozenset({"", "[deleted]", "[removed]", "[missing]"})
@@ -186,12 +186,15 @@ def in_order(utterances: Mapping[str, Utterance]) -> list[Utterance]:
 
 
 def binary_fields(folder: Path) -> tuple[str, ...]:
-    """Metadata fields that ConvoKit pickled beside the JSON, as "utterances.field"; pickles are never opened."""
+    """Metadata fields that ConvoKit pickled beside the JSON, as "utterances.field"; pickles are never opened.
+
+    Raises UserError with file and line for a broken index.
+    """
     path = folder / "index.json"
-    index = read_json(path) if path.is_file() else {}
+    index = dict(read_json_members(path)) if path.is_file() else {}
     found = set()
     for section in ("utterances", "speakers", "users", "conversations", "overall"):
-        fields = index.get(f"{section}-index") if isinstance(index, dict) else None
+        fields = index.get(f"{section}-index")
         for name, kinds in fields.items() if isinstance(fields, dict) else ():
             if kinds == "bin" or (isinstance(kinds, list) and "bin" in kinds):
                 found.add(f"{section}.{name}")

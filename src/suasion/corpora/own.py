@@ -51,7 +51,11 @@ def rows(path: Path, corpus: str) -> Iterator[tuple[str, OwnRow]]:
     for file, kind in zip(files(path), KINDS, strict=False):
         for number, value in read_json_lines(file):
             where = f"{file}, line {number}"
-            yield where, _row(kind, _tidied(value), where, corpus)
+            try:
+                tidied = _tidied(value)
+            except RecursionError as error:
+                raise UserError(f"{where}: values are nested too deeply. {FORMAT_PAGE}.") from error
+            yield where, _row(kind, tidied, where, corpus)
 
 
 def extract(path: Path, tally: Tally, corpus: str) -> Iterator[tuple[list[Example], list[OutcomePair]]]:

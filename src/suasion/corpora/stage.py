@@ -138,7 +138,6 @@ def fitted(
     section = recipe.corpus
     budget = context_budget(recipe, count_tokens)
     for examples, pairs in _extract(label, source, report.tally):
-        report.kept["conversations"] += 1
         fitting: dict[str, Example] = {}
         cut = set()
         for example, was_cut in _fit_examples(examples, source, section, budget, count_tokens, report):
@@ -147,8 +146,7 @@ def fitted(
             fitting[example.id] = example
             cut |= {example.id} if was_cut else set()
         chosen = choose(list(fitting.values()), source.max_per_conversation, recipe.seed)
-        replied = sum(example.reply is not None for example in fitting.values())
-        report.tally.dropped["beyond max_per_conversation"] += max(replied - source.max_per_conversation, 0)
+        _count_unchosen(list(fitting.values()), chosen, report.tally)
         for example in chosen:
             context = sum(count_tokens(turn.text) for turn in example.turns)
             reply = None if example.reply is None else count_tokens(example.reply)
@@ -159,10 +157,10 @@ def fitted(
 
 
 def choose(examples: Sequence[Example], most: int, seed: int) -> list[Example]:
-    """At most `most` examples of a conversation, drawn by id and not by position; the bare post only where no reply is kept."""
+    """At most `most` examples of a conversation, drawn by id and not by position; prompts without reply only where no reply is kept."""
     replied = [example for example in examples if example.reply is not None]
-    ranked = sorted(replied, key=lambda example: derive_seed(seed, "max-per-conversation", example.id))
-    return sorted(ranked[:most] or [example for example in examples if example.reply is None], key=lambda example: example.id)
+    ranked = sorted(replied or examples, key=lambda example: derive_seed(seed, "max-per-conversation", example.id))
+    return sorted(ranked[:most], key=lambda example: example.id)
 
 
 def context_budget(recipe: Recipe, count_tokens: CountTokens) -> int:
@@ -259,6 +257,7 @@ def _fit_pairs(
     pairs: Iterable[OutcomePair], section: CorpusSection, budget: int, count_tokens: CountTokens, report: Report
 ) -> Iterator[OutcomePair]:
     low, high = section.reply_tokens
+    kept = set()
     for pair in pairs:
         winner, loser = count_tokens(pair.winner), count_tokens(pair.loser)
         report.offer_pair(winner, loser)
@@ -272,8 +271,23 @@ def _fit_pairs(
         if turns != pair.turns:
             identity = outcome_pair_id(pair.corpus, pair.conversation_id, turns, pair.winner, pair.loser)
             pair = pair.model_copy(update={"id": identity, "turns": turns})
+        if pair.id in kept:
+            report.tally.dropped["pair that occurs twice once its context is cut"] += 1
+            continue
+        kept.add(pair.id)
         report.keep_pair(winner, loser)
         yield pair
+
+
+def _count_unchosen(fitting: Sequence[Example], chosen: Sequence[Example], tally: Tally) -> None:
+    """Count the examples of a conversation that fit and are not among the chosen ones."""
+    replied = sum(example.reply is not None for example in fitting)
+    prompts = len(fitting) - replied
+    if replied:
+        tally.dropped["beyond max_per_conversation"] += replied - len(chosen)
+        tally.dropped["prompt beside a kept reply"] += prompts
+    else:
+        tally.dropped["prompt beyond max_per_conversation"] += prompts - len(chosen)
 
 
 def _kind(example: Example) -> str:

@@ -32,6 +32,8 @@ UNITS = {  # how a reason begins -> what it is counted in; every other reason co
     "utterance ": "utterances",
     "poster's own comment with success 0": "losing comments",
     "comment with success 0": "losing comments",
+    "bot's comment with success 0": "losing comments",
+    "persuadee turn ": "persuadee turns",
 }
 
 
@@ -79,6 +81,10 @@ class Report:
 
     def end_conversation(self, examples: Sequence[Example], pairs: int) -> None:
         """Count a conversation by what is kept of it. Its outcome is the best one among its examples with a reply."""
+        if examples or pairs:
+            self.kept[CONVERSATIONS] += 1
+        else:
+            self.tally.dropped["conversation of which nothing is kept"] += 1
         replied = [example for example in examples if example.reply is not None]
         self.kept["conversations with an example"] += bool(replied)
         self.kept["conversations with an outcome pair"] += bool(pairs)
@@ -241,6 +247,7 @@ def funnels(read: dict[str, int], kept: dict[str, int], dropped: dict[str, int])
     conversations = read.get("conversations", 0) - sum(by_unit[CONVERSATIONS].values())
     remaining[CONVERSATIONS] = conversations + dropped.get("conversation without utterances", 0)  # those were never read as one
     remaining["losing comments"] = read.get("losing comments", 0)
+    remaining["persuadee turns"] = read.get("persuadee turns", 0) - sum(by_unit["persuadee turns"].values())
     remaining["utterances"] = read.get("utterances", 0) - sum(by_unit["utterances"].values())
     found = []
     for name, left in remaining.items():

@@ -126,7 +126,11 @@ def read_ukp(file: Path) -> list[TrainingPair]:
     context = topic_in_words(topic)
     pairs = []
     # Lines are split at \n only: the texts hold other characters that Python's splitlines() takes for line ends.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}, line {number}: not UTF-8 ({error}). Get the file again.") from error
         if not line.strip() or line.startswith("#"):
             continue
         fields = line.rstrip("\r").split("\t")

@@ -12,6 +12,7 @@ from typing import Any
 from suasion.evaluation import wording
 from suasion.evaluation.summary import simulated_models
 from suasion.labeling.annotator import SOURCE
+from suasion.pools import EVAL_PERSUADING, EVAL_SHARED
 from suasion.recipe import Recipe
 from suasion.reporting.table import Column, Table, flat
 from suasion.sections.training import DpoArm
@@ -228,6 +229,13 @@ def _pools(corpora: dict[str, Any], known: dict[str, Any], recipe: Recipe) -> Ta
         notes.append(f"Conversations that share an author or a near-duplicate text stay in one pool ({groups:,} groups).")
     if _known(left := number(known, "leftover_conversations")):
         notes.append(f"{left:,} conversation{'s are' if left != 1 else ' is'} in none.")
+    people = mapping(known, "persuadees")
+    several, of, other = (number(people, *path) for path in ((EVAL_SHARED,), ("in", "eval"), (EVAL_PERSUADING,)))
+    if all(map(_known, (several, of, other))):
+        notes.append(
+            f"Pools are apart by persuader only: of the {of:,} persuadees of eval, {several:,} are persuaded in another pool as well "
+            f"and {other:,} persuade in one."
+        )
     return Table(
         "pools",
         "The pools",
