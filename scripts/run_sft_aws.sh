@@ -41,6 +41,7 @@ if [ "${SUASION_FOREGROUND:-0}" = 1 ]; then
   .venv/bin/suasion run "$recipe" "$@" 2>&1 | tee -a "$log"
   exit "${PIPESTATUS[0]}"
 fi
+set -m   # without job control a shell starts background processes deaf to SIGINT, and `kill -INT` below would do nothing
 nohup .venv/bin/suasion run "$recipe" "$@" >> "$log" 2>&1 &
 echo "running as process $!; it goes on when you log out"
 echo "watch: tail -f $log        state: .venv/bin/suasion status runs/$name        stop: kill -INT $!"

@@ -21,7 +21,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 
 python=
 for candidate in python3.13 python3.12 python3.11 python3; do
-  if command -v "$candidate" > /dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  if command -v "$candidate" > /dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
     python=$(command -v "$candidate"); break
   fi
 done

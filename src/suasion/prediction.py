@@ -145,7 +145,7 @@ def measured_shares(rates: Rates, shape: Shape, lengths: Lengths, batch: int, ma
     )  # fmt: skip
 
 
-def gpu_memory(recipe: Recipe, shape: Shape, lengths: Lengths, processes: int) -> dict[str, int]:
+def gpu_memory(recipe: Recipe, shape: Shape, processes: int) -> dict[str, int]:
     """Peak bytes on one GPU by stage: weights, adapters with their optimiser state, and what backward or the cache needs.
 
     A trained token keeps about 12 rows of the model's width and 4 of its inner width a layer in bf16; DPO keeps three fp32 rows of
@@ -177,16 +177,11 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
     """Hours and memory of every stage on one GPU of the machine, or on as many as the recipe's profile uses."""
     shares = shares or Shares()
     shape, lengths = sizes.shape, sizes.lengths
-    processes = recipe.processes.count if recipe.processes.profile != "one" else 1
+    processes = recipe.processes.count
     rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares)
-    spread = Rates(
-        rates.prefill,
-        rates.decode * (recipe.processes.count if recipe.processes.sample else 1),
-        rates.train * processes,
-        rates.weight_bytes,
-    )
-    memory = gpu_memory(recipe, shape, lengths, processes)
-    host = HOST_BYTES + WEIGHT_BYTES * shape.parameters * max(1, min(processes, machine.gpus))
+    spread = Rates(rates.prefill, rates.decode, rates.train * processes, rates.weight_bytes)
+    memory = gpu_memory(recipe, shape, processes)
+    host = HOST_BYTES + WEIGHT_BYTES * shape.parameters * processes  # each loads the base before it moves to its GPU
     problems = []
     assert machine.gpu is not None
     room = machine.gpu.gib * GIB * MEMORY_SHARE
@@ -199,7 +194,7 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
         problems.append(
             f"loading needs {host / GIB:.1f} GiB of the host's {machine.host_gib:g}: take a larger size of the same machine"
         )
-    if max(recipe.processes.count, processes) > machine.gpus:
+    if processes > machine.gpus:
         problems.append(f"processes.count is {recipe.processes.count}, it has {machine.gpus} GPUs")
     return Prediction(
         stage_plans(recipe, lengths, spread, sizes.sft_rows, sizes.imported), spread, memory, host, problems, shares

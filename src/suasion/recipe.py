@@ -45,7 +45,7 @@ class Recipe(Section):
     dpo: tuple[DpoArm, ...] = Field(min_length=1, description="Stage 08, one folder an arm.")
     evaluate: EvaluateSection = Field(description="Stage 09.")
     report: ReportSection = Field(ReportSection(), description="Stage 10.")
-    processes: ProcessesSection = Field(ProcessesSection(), description="In how many processes stages train and sample.")
+    processes: ProcessesSection = Field(ProcessesSection(), description="In how many processes trainings run.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""Section of the recipe: in how many processes a stage trains and samples. It changes speed and rounding, never which rows are seen."""
+"""Section of the recipe: in how many processes a stage trains. It changes speed and rounding, never which rows are seen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from suasion.sections.base import Section
 
 
 class ProcessesSection(Section):
-    """How the work of a stage is spread. Stands in no manifest's slice: a finished stage stays finished when it changes."""
+    """How trainings are spread. Stands in no manifest's slice: a finished stage stays finished when it changes."""
 
     profile: Literal["one", "ddp", "fsdp2"] = Field(
         "one",
@@ -18,12 +18,11 @@ class ProcessesSection(Section):
         "weights, gradients and optimiser states sharded.",
     )
     count: int = Field(1, ge=1, description="Processes on this machine; with GPUs one for each.")
-    sample: bool = Field(False, description="Whether local sampling is spread over as many processes too, by batches of rows.")
 
     @model_validator(mode="after")
     def _several(self) -> ProcessesSection:
-        if self.profile == "one" and self.count > 1 and not self.sample:
-            raise ValueError("count is above 1 but nothing is spread: set profile to ddp or fsdp2, or sample to true")
+        if self.profile == "one" and self.count > 1:
+            raise ValueError("count is above 1 but nothing is spread: set profile to ddp or fsdp2")
         if self.profile != "one" and self.count < 2:
             raise ValueError(f"profile {self.profile} needs a count of at least 2")
         return self

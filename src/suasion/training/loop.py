@@ -32,6 +32,19 @@ def optimiser_steps(rows: int, section: TrainingSection) -> int:
     return math.ceil(section.epochs * math.ceil(rows / section.batch_size))
 
 
+def micro_batch(section: TrainingSection, purpose: str) -> int:
+    """Rows of one forward pass in each process: micro_batch_size, or less where the processes together would take more than a step has.
+
+    Raises UserError where a step's rows cannot be shared evenly.
+    """
+    share, rest = divmod(section.batch_size, world_size())
+    if rest:
+        raise UserError(
+            f"{purpose}: {world_size()} processes cannot share the {section.batch_size} rows of a step evenly. Change batch_size or processes.count."
+        )
+    return max(size for size in range(1, section.micro_batch_size + 1) if share % size == 0)
+
+
 def arguments(
     kind: type[TrainingArguments],
     section: TrainingSection,
@@ -44,18 +57,13 @@ def arguments(
 ) -> Any:
     """Trainer arguments of one training; everything that is not a default of the library stands here."""
     steps = optimiser_steps(rows, section)
-    together = section.micro_batch_size * world_size()
-    if section.batch_size % together:
-        raise UserError(
-            f"{purpose}: {world_size()} processes with {section.micro_batch_size} rows each make {together} rows a pass, which must divide "
-            f"batch_size {section.batch_size}. Change micro_batch_size or processes.count."
-        )
+    micro = micro_batch(section, purpose)
     seed32 = derive_seed(seed, "training", purpose) % 2**31
     save_every = math.ceil(steps / (section.checkpoints + 1)) if section.checkpoints else 0
     return kind(
         output_dir=str(folder / CHECKPOINTS),
-        per_device_train_batch_size=section.micro_batch_size,
-        gradient_accumulation_steps=section.batch_size // together,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=section.batch_size // (micro * world_size()),
         num_train_epochs=section.epochs,
         learning_rate=section.learning_rate,
         lr_scheduler_type=section.scheduler,

@@ -2,6 +2,7 @@
 # The service: runs the recipe, says in `state` how it went, and lets the machine end a while later. After a reboot it goes on.
 cd "$(dirname "$0")"
 . ./settings   # NAME, S3, LINGER_MINUTES
+set -m         # without job control a shell starts background processes deaf to SIGINT
 trap : INT     # the run is told by its own signal; this script stays to write down how it ended
 grep -q finished state && exit 0
 copy() {       # results to S3, where that was asked for; working files too, so that another machine can go on

@@ -1,0 +1,130 @@
+"""Hours, dollars and memory on machines that are not here: formulas by hand, and advice that helps when it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from suasion.cli import app
+from suasion.errors import UsageError
+from suasion.machines import TABLE, Gpu, Machine, load_machines
+from suasion.planning import Lengths
+from suasion.prediction import (
+    Shape,
+    Shares,
+    Sizes,
+    flops_a_token,
+    gpu_memory,
+    lines,
+    measured_shares,
+    predict,
+    rates_of,
+)
+from suasion.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHAPE = Shape(parameters=1000, layers=2, width=8, inner=16, vocabulary=50, cache_width=4)
+HALF_BILLION = Shape(494_032_768, 24, 896, 4864, 151_936, 256)
+LENGTHS = Lengths(context=30.0, reply=10.0)
+MACHINE = Machine(vcpus=4, host_gib=16, gpus=1, gpu=Gpu(name="X", tflops=1e-6, gbps=1e-3, gib=24), price=2.0)
+SHARES = Shares(train=0.5, prefill=0.25, decode=0.1, layer_seconds=0.0, source="by hand")
+
+
+@pytest.fixture(scope="module")
+def full():
+    return load_recipe(RECIPES / "persuasion-rl.yaml")
+
+
+def sizes(shape: Shape = HALF_BILLION) -> Sizes:
+    return Sizes(shape, Lengths(520.0, 175.0), 9_400, None, 10**9)
+
+
+def test_rates_by_hand() -> None:
+    assert flops_a_token(SHAPE, 20, trained=False) == 2 * (1000 + 2 * 2 * 8 * 20)
+    assert flops_a_token(SHAPE, 20, trained=True) == 2 * flops_a_token(SHAPE, 20, trained=False)
+    rates = rates_of(SHAPE, LENGTHS, 4, MACHINE, SHARES)
+    assert rates.prefill == pytest.approx(1e6 * 0.25 / 3280)
+    assert rates.train == pytest.approx(1e6 * 0.5 / 6560)
+    step = (4 * 1000 + 4 * 35 * 2 * 4 * 4) / (1e6 * 0.1)  # weights, and the cache of four responses half way
+    assert rates.decode == pytest.approx(4 / step)
+    slow = rates_of(SHAPE, LENGTHS, 4, MACHINE, replace(SHARES, layer_seconds=1.0))
+    assert slow.decode == pytest.approx(4 / 2.0)
+
+
+def test_measured_shares_give_the_measured_rates_back() -> None:
+    measured = rates_of(SHAPE, LENGTHS, 4, MACHINE, SHARES)
+    shares = measured_shares(measured, SHAPE, LENGTHS, 4, MACHINE, "X")
+    again = rates_of(SHAPE, LENGTHS, 4, MACHINE, shares)
+    assert (again.train, again.prefill, again.decode) == pytest.approx((measured.train, measured.prefill, measured.decode))
+    assert "measured here, on X" in shares.source
+
+
+def test_the_full_size_fits_on_an_a10g_and_its_dollars_are_hours_times_price(full) -> None:
+    table = load_machines()
+    machine = table.machines["g5.xlarge"]
+    made = predict(full, sizes(), machine)
+    assert made.problems == []
+    assert made.seconds == pytest.approx(sum(stage.seconds for stage in made.stages))
+    text = "\n".join(lines(full, sizes(), ["g5.xlarge", "p5.48xlarge"], table))
+    assert f"${made.seconds / 3600 * 1.006:.2f} at $1.006 an hour of 2026-11-24" in text
+    assert "price asked at launch" in text
+    assert "assumed" in text
+
+
+def test_more_processes_train_faster_and_need_gpus(full) -> None:
+    machine = load_machines().machines["g5.12xlarge"]
+    several = full.model_copy(update={"processes": full.processes.model_copy(update={"profile": "ddp", "count": 4})})
+    one, four = predict(full, sizes(), machine), predict(several, sizes(), machine)
+    assert four.rates.train == 4 * one.rates.train
+    assert four.problems == []
+    too_many = predict(several, sizes(), load_machines().machines["g5.xlarge"])
+    assert any("it has 1 GPUs" in problem for problem in too_many.problems)
+    sharded = several.model_copy(update={"processes": several.processes.model_copy(update={"profile": "fsdp2"})})
+    assert gpu_memory(sharded, HALF_BILLION, 4)["sft"] < gpu_memory(several, HALF_BILLION, 4)["sft"]
+
+
+@given(gib=st.floats(4, 30), micro=st.sampled_from([1, 2, 8, 16, 64]), batch=st.integers(1, 2_000))
+def test_advice_that_names_a_value_makes_it_fit(full, gib, micro, batch) -> None:
+    machine = Machine(vcpus=4, host_gib=64, gpus=1, gpu=Gpu(name="X", tflops=70, gbps=600, gib=gib))
+    recipe = load_recipe(RECIPES / "persuasion-rl.yaml", (f"sft.micro_batch_size={micro}", f"sample.batch_size={batch}"))
+    problems = predict(recipe, sizes(), machine).problems
+    settings = tuple(dict.fromkeys(word for problem in problems for word in problem.split() if "=" in word))
+    assert len(settings) == len({setting.split("=")[0] for setting in settings})
+    if all("=" in problem for problem in problems):
+        better = load_recipe(
+            RECIPES / "persuasion-rl.yaml", (f"sft.micro_batch_size={micro}", f"sample.batch_size={batch}", *settings)
+        )
+        assert predict(better, sizes(), machine).problems == []
+
+
+def test_a_model_that_does_not_fit_at_all_is_told_so(full) -> None:
+    giant = replace(HALF_BILLION, parameters=70 * 10**9)
+    problems = predict(full, sizes(giant), load_machines().machines["g5.xlarge"]).problems
+    assert all("the weights alone do not fit" in problem for problem in problems if not problem.startswith("loading"))
+    assert any(problem.startswith("loading needs") for problem in problems)
+
+
+def test_the_table_is_valid_dated_and_can_be_replaced(tmp_path) -> None:
+    table = load_machines()
+    assert {"g5.xlarge", "p5.48xlarge"} <= set(table.machines)
+    assert table.side_costs(73.0) == pytest.approx(73 * 0.08 / 730 + 0.005)
+    own = tmp_path / "own.yaml"
+    own.write_text(TABLE.read_text().replace("tflops: 70", "tflops: -1", 1))
+    with pytest.raises(UsageError, match=r"machines\.g5\.xlarge\.gpu\.tflops"):
+        load_machines(own)
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_machines(tmp_path / "none.yaml")
+
+
+def test_plan_on_other_machines() -> None:
+    done = CliRunner().invoke(app, ["plan", str(RECIPES / "tiny.yaml"), "--on", "g5.xlarge"])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("g5.xlarge (1 x A10G, 24 GiB; host 16 GiB): ")
+    assert "sft" in done.output
+    refused = CliRunner().invoke(app, ["plan", str(RECIPES / "tiny.yaml"), "--on", "g9.huge"])
+    assert isinstance(refused.exception, UsageError)

@@ -1,0 +1,176 @@
+"""One training in several processes: the rows of every step, the losses, a process that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+
+from suasion.errors import UsageError, UserError
+from suasion.pipeline import run
+from suasion.recipe import load_recipe
+from suasion.sections.training import SftSection
+from suasion.training import processes
+from suasion.training.loop import micro_batch
+from suasion.training.processes import RowOrder, fillers, launch_command
+from suasion.verify import verify_run
+
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+STILL = ("sft.lora.dropout=0", *(f"dpo.{arm}.lora.dropout=0" for arm in ("rlaif", "rlhf", "rlaif-rlhf", "rlaif-matched")))
+UNEVEN = ("pools.sft=29", "sft.epochs=2", "sft.batch_size=8", "sft.micro_batch_size=2", "sft.checkpoints=3")  # 29 rows: 3 fill up
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_the_order_is_that_of_one_process(epoch) -> None:
+    alone = SeedableRandomSampler(range(29), data_seed=77)
+    alone.set_epoch(epoch)
+    together = RowOrder(29, 3, 77)
+    together.epoch = epoch
+    assert list(together) == [*alone, 29, 30, 31]
+    assert together.epoch == epoch + 1
+
+
+def test_fillers_complete_the_last_micro_batches(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert [fillers(rows, 2) for rows in (1, 8, 9, 29, 32)] == [7, 0, 7, 3, 0]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert fillers(29, 2) == 0
+
+
+def test_micro_batches_shrink_to_what_a_step_has(monkeypatch) -> None:
+    section = SftSection(batch_size=16, micro_batch_size=8)
+    for count, expected in ((1, 8), (2, 8), (4, 4), (16, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        assert micro_batch(section, "sft") == expected
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes cannot share the 16 rows of a step evenly"):
+        micro_batch(section, "sft")
+
+
+def test_a_profile_needs_processes_and_processes_a_profile() -> None:
+    with pytest.raises(UsageError, match="needs a count of at least 2"):
+        load_recipe(TINY, ("processes.profile=ddp",))
+    with pytest.raises(UsageError, match="nothing is spread"):
+        load_recipe(TINY, ("processes.count=2",))
+
+
+def test_profiles_become_accelerates_options() -> None:
+    ddp = launch_command(load_recipe(TINY, ("processes={profile: ddp, count: 2}",)), Path("c.json"), "cpu")
+    fsdp = launch_command(load_recipe(TINY, ("processes={profile: fsdp2, count: 4}",)), Path("c.json"), "cuda")
+    assert ddp[1:3] == ["-m", "accelerate.commands.launch"]
+    assert "--multi_gpu" in ddp
+    assert ddp[ddp.index("--num_processes") + 1] == "2"
+    assert fsdp[fsdp.index("--fsdp_version") + 1] == "2"
+    assert "--multi_gpu" not in fsdp
+
+
+def metrics(run_: Path, stage: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_ / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_alike(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-3), f"{key} at step {a['step']}"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """SFT in one process, on rows that do not fill the last micro-batches."""
+    directory, _ = run(load_recipe(TINY, (*STILL, *UNEVEN)), tmp_path_factory.mktemp("alone"), last="sft")
+    return directory.path
+
+
+def copy_of(alone: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    shutil.copytree(alone, tmp_path / "tiny")
+    return tmp_path
+
+
+def test_two_processes_train_as_one(alone, tmp_path) -> None:
+    runs = copy_of(alone, tmp_path)
+    directory, _ = run(load_recipe(TINY, (*STILL, *UNEVEN, "processes={profile: ddp, count: 2}")), runs, last="sft", redo="sft")
+    assert_alike(metrics(alone, "03-sft"), metrics(directory.path, "03-sft"))
+    assert directory.manifest("sft").facts["processes"] == {"profile": "ddp", "count": 2}
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(path / "03-sft" / "adapter" / "adapter_model.safetensors") for path in (directory.path, alone))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=2e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("profile", "count"), [("ddp", 4), ("fsdp2", 2), ("fsdp2", 4)])
+def test_every_profile_trains_as_one_through_the_whole_run(alone, tmp_path, profile, count) -> None:
+    whole, _ = run(load_recipe(TINY, (*STILL, *UNEVEN)), copy_of(alone, tmp_path / "one"))
+    recipe = load_recipe(TINY, (*STILL, *UNEVEN, f"processes={{profile: {profile}, count: {count}}}"))
+    directory, _ = run(recipe, copy_of(alone, tmp_path / "several"), redo="sft")
+    assert_alike(metrics(whole.path, "03-sft"), metrics(directory.path, "03-sft"))
+    first = [metrics(path, "08-dpo-rlaif")[0] for path in (whole.path, directory.path)]
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], abs=1e-5)  # ln 2; what follows depends on what sft wrote
+    faults, _ = verify_run(directory.path)
+    assert faults == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["ddp", "fsdp2"])
+def test_a_process_that_is_killed_ends_all_clearly_and_the_next_run_goes_on(alone, tmp_path, profile) -> None:
+    recipe = load_recipe(
+        TINY, (*STILL, *UNEVEN, "sft.epochs=6", "sft.checkpoints=5", f"processes={{profile: {profile}, count: 2}}")
+    )
+    undisturbed, _ = run(recipe, copy_of(alone, tmp_path / "undisturbed"), last="sft", redo="sft")
+    runs = copy_of(alone, tmp_path / "killed")
+    folder = runs / "tiny" / "03-sft"
+
+    def kill_one_after_a_checkpoint() -> None:
+        while not list((folder / "checkpoints").glob("checkpoint-*/complete")):
+            time.sleep(0.01)
+        found = subprocess.run(
+            ["pgrep", "-f", str(folder / "checkpoints" / "context.json")], capture_output=True, text=True, check=True
+        )
+        workers = [
+            int(pid) for pid in found.stdout.split() if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ]
+        os.kill(workers[-1], signal.SIGKILL)
+
+    threading.Thread(target=kill_one_after_a_checkpoint, daemon=True).start()
+    with pytest.raises(UserError, match=r"one of 2 processes died[\s\S]*goes on from the last checkpoint"):
+        run(recipe, runs, last="sft", redo="sft")
+    left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
+    directory, _ = run(recipe, runs, last="sft")
+    assert_alike(metrics(undisturbed.path, "03-sft"), metrics(directory.path, "03-sft"))
+
+
+def test_a_workers_own_message_is_the_message(tmp_path, monkeypatch) -> None:
+    """The message of a UserError in a worker reaches the user, and not a traceback of a launcher."""
+    from suasion.rundir import StageContext
+
+    recipe = load_recipe(TINY, ("processes={profile: ddp, count: 2}",))
+    stage = StageContext(recipe, "sft", tmp_path / "03-sft", {}, tmp_path)
+
+    def command(recipe, context, device):
+        text = f"import json; json.dump({{'message': 'the corpus is empty. Fill it.'}}, open({str(context.with_name('failure.json'))!r}, 'w'))"
+        return [sys.executable, "-c", text]
+
+    monkeypatch.setattr(processes, "launch_command", command)
+    with pytest.raises(UserError, match=r"^the corpus is empty\. Fill it\.$"):
+        processes.train_apart(stage, "suasion.training.sft", "cpu")
+    monkeypatch.setattr(
+        processes, "launch_command", lambda *arguments: [sys.executable, "-c", "import os; print('gone'); os._exit(9)"]
+    )
+    with pytest.raises(UserError, match=r"sft: one of 2 processes died \(exit code 9\)"):
+        processes.train_apart(stage, "suasion.training.sft", "cpu")
