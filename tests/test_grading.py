@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from chat_server import Reply, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
 
 from suasion.errors import UserError
-from suasion.grading import base, embedding, features, measure, pairs, stage
+from suasion.grading import base, build, canaries, embedding, features, measure, pairs, stage
 from suasion.grading.base import BASELINES, COIN, FIRST_POSITION, LONGER_WINS, BradleyTerryGrader, Comparison, Judgement
+from suasion.grading.files import load_grader
 from suasion.grading.pairs import TrainingPair
 from suasion.labeling import annotator
+from suasion.pipeline import recipe_slice
+from suasion.preferences import settle
 from suasion.recipe import Recipe, validate_recipe
 from suasion.records import OutcomePair, Pair, Prompt, Response, Turn, Verdict, read_json, read_rows, write_rows
 from suasion.rundir import Input, StageContext
@@ -88,6 +91,10 @@ class ByWords(BradleyTerryGrader):
 
     def strengths(self, contexts, replies):
         return np.array([len(reply.split()) / 10 + reply.count("e") / 7 for reply in replies])
+
+
+def cross_validated(spec, rows) -> measure.Measurement:
+    return build.measure(spec, lambda _: rows, 0)
 
 
 # Rules and mathematics
@@ -170,7 +177,8 @@ def test_identical_replies_are_tied_by_every_trained_grader(fake_embedder):
 def test_trained_graders_are_antisymmetric_and_pass_the_canaries(name, fake_embedder):
     grader = base.train_grader(SPECS[name], training_pairs(), 0)
     items = [Comparison(pair.context, pair.winner, pair.loser) for pair in training_pairs(16)]
-    assert base.require_canaries(grader, items) == {"empty": 1.0, "identical": 1.0, "swapped": 1.0}
+    rates = canaries.require_canaries(grader, items, ("injected", "padded"))
+    assert {name: rates[name] for name in ("empty", "identical", "swapped")} == {"empty": 1.0, "identical": 1.0, "swapped": 1.0}
     alone = [grader.grade([item])[0] for item in items]
     assert [one.p_a for one in alone] == pytest.approx([one.p_a for one in grader.grade(items)], abs=1e-5)
     assert all("strength_a" in json.loads(one.raw) for one in alone)
@@ -178,12 +186,12 @@ def test_trained_graders_are_antisymmetric_and_pass_the_canaries(name, fake_embe
 
 @pytest.mark.parametrize("name", SPECS)
 def test_trained_graders_learn_on_held_out_groups(name, fake_embedder):
-    result = measure.measure(SPECS[name], training_pairs(), 0)
+    result = cross_validated(SPECS[name], training_pairs())
     assert result.accuracy > 0.75
     assert result.low <= result.accuracy <= result.high
     assert (result.n, result.groups, result.folds) == (48, 8, 5)
     assert 0.4 < result.longer < 0.6
-    assert result == measure.measure(SPECS[name], training_pairs(), 0)
+    assert result == cross_validated(SPECS[name], training_pairs())
     json.dumps(result.as_facts(), allow_nan=False)
 
 
@@ -209,7 +217,7 @@ def test_a_grader_without_length_does_not_follow_length(fake_embedder):
     margins = np.array([strengths["view", item.a] - strengths["view", item.b] for item in fresh])
     lengths = np.array([base._log_words(item.a) - base._log_words(item.b) for item in fresh])
     assert margins @ lengths / (lengths @ lengths) == pytest.approx(0, abs=1e-5)
-    assert base.canaries(neutral, fresh)["swapped"] == 1.0
+    assert canaries.canaries(neutral, fresh)["swapped"] == 1.0
 
 
 def test_neutralising_texts_of_one_length_changes_nothing():
@@ -223,7 +231,7 @@ def test_too_few_pairs_and_too_few_groups_are_refused(fake_embedder):
         base.train_grader(ngram_spec(), training_pairs(3), 0)
     one_group = [TrainingPair(p.context, p.winner, p.loser, "one") for p in training_pairs()]
     with pytest.raises(UserError, match="fewer than two groups"):
-        measure.measure(ngram_spec(), one_group, 0)
+        cross_validated(ngram_spec(), one_group)
     with pytest.raises(UserError, match="min_count"):
         base.train_grader(ngram_spec(min_count=500), training_pairs(), 0)
 
@@ -237,14 +245,6 @@ def test_fingerprint_follows_settings_and_rows(fake_embedder):
     assert (
         len({fingerprint(ngram_spec(), rows), fingerprint(ngram_spec(ridge=2.0), rows), fingerprint(ngram_spec(), rows[1:])}) == 3
     )
-
-
-def test_canaries_catch_a_grader_that_looks_at_position():
-    items = [Comparison("c", "some words here", "and other words")]
-    with pytest.raises(UserError, match="swapped"):
-        base.require_canaries(FIRST_POSITION, items)
-    with pytest.raises(UserError, match="no pair with two non-empty"):
-        base.canaries(LONGER_WINS, [Comparison("c", "", "words")])
 
 
 def test_the_real_embedder_gives_unit_vectors_and_knows_near_from_far():
@@ -417,7 +417,10 @@ def make_recipe(**changes) -> Recipe:
         {
             "name": "test",
             "corpus": {"sources": [{"kind": "cmv"}]},
-            "ai_labels": {"grader": {"kind": "embedding", "train": {"kind": "grader_pairs"}}},
+            "ai_labels": {
+                "grader": {"kind": "embedding", "train": {"kind": "grader_pairs"}},
+                "allow_failed_canaries": ["injected", "padded"],
+            },
             "human_labels": {"source": {"kind": "simulated"}},
             "dpo": [{"name": "rlaif", "labels": "ai", "pool": "rlaif"}],
             "evaluate": {"grader": {"kind": "ngram", "train": {"kind": "judge_pairs"}}},
@@ -460,7 +463,8 @@ def test_ai_labels_stage(tmp_path, fake_embedder, capsys):
     assert result.rows_in == result.rows_out == len(verdicts) == 20
     assert {verdict.source for verdict in verdicts} == {"ai:embedding"}
     assert {verdict.order for verdict in verdicts} == {"both"}
-    assert result.facts["canaries"] == {"empty": 1.0, "identical": 1.0, "swapped": 1.0}
+    assert {result.facts["canaries"][name] for name in ("empty", "identical", "swapped")} == {1.0}
+    assert list(read_rows(context.folder / "orders.jsonl", Verdict)) == []
     assert result.facts["pools"]["rlhf"]["n"] == 10
     assert read_json(context.folder / "grader.json")["training_pairs"] == 32
     assert str(tmp_path) not in (context.folder / "grader.json").read_text()
@@ -472,7 +476,7 @@ def test_ai_labels_stage(tmp_path, fake_embedder, capsys):
 
 def test_ai_labels_warns_when_length_predicts_them(tmp_path, fake_embedder, capsys):
     write_sampled(tmp_path)
-    settings = make_recipe(ai_labels={"grader": {"kind": "ngram", "train": {"kind": "grader_pairs"}}},
+    settings = make_recipe(ai_labels={"grader": {"kind": "ngram", "train": {"kind": "grader_pairs"}}, "allow_failed_canaries": ["injected", "padded"]},
                            evaluate={"grader": {"kind": "embedding", "train": {"kind": "judge_pairs"}}})  # fmt: skip
     result = stage.run_stage(stage_context(tmp_path, "ai-labels", settings, AI_FILES))
     warned = "length alone predicts" in " ".join(capsys.readouterr().out.split())
@@ -503,5 +507,40 @@ def test_broken_references_are_refused():
 def test_every_shipped_grader_file_is_valid():
     files = sorted((Path(__file__).parents[1] / "graders").glob("*.yaml"))
     assert files
-    for file in files:
-        TypeAdapter(sections.Grader).validate_python(yaml.safe_load(file.read_text()))
+    assert {load_grader(file).kind for file in files} == set(sections.KINDS)
+
+
+def test_ai_labels_of_a_language_model_keep_both_orders_and_no_address(tmp_path, monkeypatch, capsys):
+    """A judge that takes the first reply unless one of them gives reasons: some pairs flip, and flips are no labels."""
+    monkeypatch.setenv("SUASION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(stage, "require_canaries", lambda *rest: {"empty": 1.0})
+
+    def answer(body, number):
+        first, second = (re.search(rf"<<<{side} reply \w+>>>\n(.*?)\n<<<end", body["messages"][1]["content"], re.DOTALL)[1] for side in ("first", "second"))  # fmt: skip
+        swayed = "Take 3" in first or ("because" in first) >= ("because" in second)
+        return Reply(json.dumps({"reasons": "r", "verdict": "first" if swayed else "second", "confidence": 0.8}))
+
+    write_sampled(tmp_path)
+    with serving(answer) as served:
+        llm = {"kind": "llm", "model": "judge", "base_url": served.url, "key_env": None, "price_in": 1, "price_out": 1}
+        settings = make_recipe(ai_labels={"grader": llm})
+        context = stage_context(tmp_path, "ai-labels", settings, AI_FILES)
+        result = stage.run_stage(context)
+        asked = len(served.bodies)
+        again = stage.run_stage(context)
+        assert len(served.bodies) == asked == 20  # the two pools hold the same texts here: equal requests are asked once
+    assert again.facts == result.facts
+    verdicts = list(read_rows(context.folder / "verdicts.jsonl", Verdict))
+    orders = list(read_rows(context.folder / "orders.jsonl", Verdict))
+    assert len(verdicts) == 20
+    assert [verdict.order for verdict in orders] == ["ab", "ba"] * 20
+    flipped = [verdict for verdict in verdicts if verdict.outcome == "flip"]
+    assert len(flipped) == result.facts["outcomes"]["flip"] == result.facts["none"] > 0
+    assert {settle([verdict], "drop") for verdict in flipped} == {"flip"}
+    assert {settle([verdict], "drop") for verdict in verdicts if verdict.outcome == "consistent"} <= {"a", "b"}
+    assert result.facts["first_shown_rate"] > 0.5
+    assert {verdict.template_hash for verdict in verdicts} == {"7b2dc62842fe67eb"}
+    kept = "".join(file.read_text() for file in context.folder.iterdir())
+    assert "127.0.0.1" not in kept
+    assert "127.0.0.1" not in json.dumps(recipe_slice(settings, ("ai_labels", "evaluate")))

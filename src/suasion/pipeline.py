@@ -23,6 +23,7 @@ from suasion.recipe import Recipe
 from suasion.records import read_json, write_json
 from suasion.rundir import ATTEMPT, Input, RunDir, StageContext, StageResult, cache_dir, differences, refuse_stale
 from suasion.sections.base import FILE_KEYS
+from suasion.sections.grading import LlmGrader, read_pairs_of
 from suasion.sections.sampling import EndpointEngine
 
 MODEL = (
@@ -64,7 +65,8 @@ class Stage:
             from suasion.grading.pairs import training_hashes
 
             grader = recipe.ai_labels.grader if self.name == "ai-labels" else recipe.evaluate.grader
-            hashes = training_hashes(grader.train)
+            for data in read_pairs_of(grader):
+                hashes |= training_hashes(data)
         elif self.name == "human-labels":
             from suasion.labeling.stage import external_hashes as label_hashes
 
@@ -161,6 +163,12 @@ def recipe_slice(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     engine = part.get("sample", {}).get("engine", {})
     for field in EndpointEngine.TRANSPORT:
         engine.pop(field, None)
+    for name in ("ai_labels", "evaluate"):
+        grader = part.get(name, {}).get("grader", {})
+        for judge in (grader, *grader.get("members", ())):
+            if judge.get("kind") == "llm":
+                for field in LlmGrader.TRANSPORT:
+                    judge.pop(field, None)
     cleaned: dict[str, Any] = _without_paths(part)
     return cleaned
 

@@ -119,7 +119,8 @@ def build(
 def settle(verdicts: Sequence[Verdict], conflicts: Literal["drop", "first", "adjudicate"]) -> Settled:
     """One label from the verdicts of one side on one pair, in their order.
 
-    Missing labels ("none") say nothing; where nothing else is said the result is "none". Labels that agree, bind. Labels that
+    Missing labels ("none") say nothing; where nothing else is said the result is "none", or "flip" where a grader's two orders cancelled
+    out. Labels that agree, bind. Labels that
     differ are a "flip" if one source contradicted itself when the pair was shown the other way round, else a "conflict"; with
     conflicts "first", the first label binds instead; with "adjudicate", what an adjudicator said, where one did.
     """
@@ -128,7 +129,7 @@ def settle(verdicts: Sequence[Verdict], conflicts: Literal["drop", "first", "adj
         return ruled[-1]
     said = [verdict for verdict in verdicts if verdict.label != "none" and verdict.source != ADJUDICATOR]
     if not said:
-        return "none"
+        return "flip" if any(verdict.outcome == "flip" for verdict in verdicts) else "none"
     if len({verdict.label for verdict in said}) == 1 or conflicts == "first":
         return said[0].label
     flipped = any(

@@ -21,7 +21,7 @@ from suasion.grading.files import make_absolute, read_mapping, resolve_grader
 from suasion.sections.base import Section
 from suasion.sections.corpus import LEAST_CONTEXT, CorpusSection, PoolsSection
 from suasion.sections.grading import KINDS as GRADER_KINDS
-from suasion.sections.grading import AiLabelsSection, EvaluateSection
+from suasion.sections.grading import AiLabelsSection, EvaluateSection, families, learns_from, read_pairs_of
 from suasion.sections.labeling import HumanLabelsSection, PreferencesSection
 from suasion.sections.processes import ProcessesSection
 from suasion.sections.reporting import ReportSection
@@ -79,17 +79,20 @@ class Recipe(Section):
             known.append(arm.name)
         corpora = {source.path for source in self.corpus.sources}
         for section, grader in (("ai_labels", self.ai_labels.grader), ("evaluate", self.evaluate.grader)):
-            if grader.train.kind == "cmv" and grader.train.path in corpora:
-                raise ValueError(
-                    f"{section}.grader is trained on all pairs of a corpus that this recipe reads ({grader.train.path}), evaluation threads "
-                    "included. Train it on grader_pairs (of the SFT pool) or judge_pairs (of no pool), or on another corpus"
-                )
+            for data in read_pairs_of(grader):
+                if data.kind == "cmv" and data.path in corpora:
+                    raise ValueError(
+                        f"{section}.grader is trained on all pairs of a corpus that this recipe reads ({data.path}), evaluation threads "
+                        "included. Train it on grader_pairs (of the SFT pool) or judge_pairs (of no pool), or on another corpus"
+                    )
         if not self.evaluate.allow_same_grader:
             label, judge = self.ai_labels.grader, self.evaluate.grader
-            if label.kind == judge.kind or label.train == judge.train:
+            kinds = sorted(families(label) & families(judge))
+            rows = learns_from(label) if learns_from(label) == learns_from(judge) else None
+            if kinds or rows:
                 raise ValueError(
                     "the evaluation grader must differ from the labelling grader in kind and in training rows "
-                    f"(both: kind {label.kind if label.kind == judge.kind else '-'}, train {label.train.kind}); "
+                    f"(both: kind {', '.join(kinds) or '-'}, train {rows.kind if rows else '-'}); "
                     "choose another, or set evaluate.allow_same_grader and the report will say so"
                 )
         return self

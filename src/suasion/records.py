@@ -130,7 +130,7 @@ class Verdict(Row):
     """What one source says of one pair, in the pair's own (a, b) order whatever order it was shown in.
 
     p_a: probability that a is better, None where the source gives none. label "none" is missing data, never a tie.
-    order: how it was shown: "both" when the two orders were combined.
+    order: how it was shown: "both" when the two orders were combined; outcome: how they relate, '' where there was one only.
     """
 
     format: Literal["verdict/1"] = "verdict/1"
@@ -139,6 +139,7 @@ class Verdict(Row):
     order: Literal["ab", "ba", "both"]
     label: Label
     p_a: float | None
+    outcome: Literal["", "consistent", "flip", "tie", "none"] = ""
     reason: str = ""
     raw: str = ""
     template_hash: str = ""

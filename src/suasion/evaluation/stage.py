@@ -13,14 +13,17 @@ from typing import Any
 
 from suasion.chat import Renderer, as_text
 from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise
-from suasion.grading.base import Comparison, require_canaries, source_name, train_grader
-from suasion.grading.measure import measure
-from suasion.grading.pairs import load_training_pairs, read_sampled_pairs
+from suasion.grading.base import Comparison, source_name
+from suasion.grading.build import build_grader, measure
+from suasion.grading.canaries import failing, require_canaries
+from suasion.grading.pairs import read_sampled_pairs
+from suasion.grading.stage import Served, canary_count, measured_line, training_of
 from suasion.models import compute, load_tokenizer
 from suasion.progress import console
 from suasion.records import Example, Response, Verdict, read_json, read_rows, write_json, write_rows
 from suasion.rundir import JOURNAL, StageContext, StageResult, package_versions
 from suasion.sampling.respond import Journal, respond
+from suasion.sections.grading import title
 from suasion.training.dpo import start_lineage
 
 
@@ -55,16 +58,11 @@ def run_stage(stage: StageContext) -> StageResult:
         ).rows
         said[name] = {row.prompt_id: row for row in rows}
 
-    spec = recipe.evaluate.grader
-    training = load_training_pairs(
-        spec.train, stage.input("pools", "grader_pairs.jsonl"), stage.input("pools", "judge_pairs.jsonl")
-    )
-    measured = measure(spec, training, recipe.seed)
-    console.print(
-        f"  evaluation grader: {spec.kind}, trained on {measured.n} {spec.train.kind} pairs: {measured.accuracy:.1%} "
-        f"[{measured.low:.1%}, {measured.high:.1%}] on held-out groups"
-    )
-    grader = train_grader(spec, training, recipe.seed)
+    spec, scope = recipe.evaluate.grader, f"{recipe.name} {stage.stage}"
+    training = training_of(stage)
+    grader = build_grader(spec, training, recipe.seed, scope)
+    measured = measure(spec, training, recipe.seed, grader, scope)
+    console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
     asked: list[tuple[str, str, str, str]] = []
     items: list[Comparison] = []
     for example, prompt in zip(examples, prompts, strict=True):
@@ -73,7 +71,9 @@ def run_stage(stage: StageContext) -> StageResult:
         for first, second in combinations(texts, 2):
             asked.append((prompt.id, prompt.conversation_id, first, second))
             items.append(Comparison(context, texts[first] or "", texts[second] or ""))
-    canaries = require_canaries(grader, items)
+    canaries = require_canaries(grader, items, recipe.evaluate.allow_failed_canaries, canary_count(spec))
+    if isinstance(grader, Served):
+        grader.estimate(items)
     verdicts = [
         ModelVerdict(
             prompt_id=prompt_id, conversation_id=conversation, first=first, second=second, label=judged.label, p_a=judged.p_a, reason=judged.reason
@@ -84,9 +84,10 @@ def run_stage(stage: StageContext) -> StageResult:
     agreement = judge_agreement(stage, grader)
     facts = {
         "grader": {
-            "name": f"{spec.kind} grader, trained on {spec.train.kind}",
-            **measured.as_facts(),
+            "name": title(spec),
+            **(measured.as_facts() if measured else {}),
             "canaries": canaries,
+            "canaries_failed": failing(canaries),
             "same_as_labelling_grader": recipe.ai_labels.grader == spec,
         },
         "arms": {

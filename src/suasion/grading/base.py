@@ -1,4 +1,4 @@
-"""What every grader is: the interface, the rules that bind all of them, the baselines beside them, and the canaries.
+"""What every grader is: the interface, the rules that bind all of them, and the baselines beside them.
 
 A grader looks at comparisons (a context and two replies) and gives judgements. `decide` is the only place where a probability
 becomes a label, and the rules that need no model stand there: an identical pair is a tie, an empty reply loses. The trained
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 STRENGTH_DECIMALS = 6  # absorbs rounding that depends on how texts were batched, so that equal texts have equal strengths
 FEWEST_TRAINING_PAIRS = 8
-CANARY_COMPARISONS = 64
 MIRROR: dict[Label, Label] = {"a": "b", "b": "a", "tie": "tie", "none": "none"}
 
 Outcome = Literal["", "consistent", "flip", "tie", "none"]
@@ -85,17 +84,22 @@ class Grader(Protocol):
         ...
 
 
-def decide(item: Comparison, p_a: float, tie_margin: float, raw: str = "") -> Judgement:
-    """A probability becomes a label. Rules come before the model and say so in `reason`.
-
-    Identical texts (up to surrounding space) are a tie at exactly .5; of an empty and a non-empty reply the empty one loses
-    with certainty; else p_a within `tie_margin` of .5 is a tie.
-    """
+def rule(item: Comparison) -> Judgement | None:
+    """What needs no model: identical texts (up to surrounding space) are a tie at exactly .5; of an empty and a non-empty reply the
+    empty one loses with certainty. None where a model has to judge. The rule stands in `reason`."""
     a, b = item.a.strip(), item.b.strip()
     if a == b:
-        return Judgement(0.5, "tie", "rule: identical texts", raw)
+        return Judgement(0.5, "tie", "rule: identical texts")
     if not a or not b:
-        return Judgement(1.0 if a else 0.0, "a" if a else "b", "rule: an empty reply loses", raw)
+        return Judgement(1.0 if a else 0.0, "a" if a else "b", "rule: an empty reply loses")
+    return None
+
+
+def decide(item: Comparison, p_a: float, tie_margin: float, raw: str = "") -> Judgement:
+    """A probability becomes a label: rules come before the model, and p_a within `tie_margin` of .5 is a tie."""
+    ruled = rule(item)
+    if ruled is not None:
+        return replace(ruled, raw=raw)
     if abs(p_a - 0.5) <= tie_margin:
         return Judgement(p_a, "tie", "", raw)
     return Judgement(p_a, "a" if p_a > 0.5 else "b", "", raw)
@@ -217,6 +221,7 @@ def to_verdict(pair_id: str, judgement: Judgement, source: str, template_hash: s
         order="both",
         label=judgement.label,
         p_a=judgement.p_a,
+        outcome=judgement.outcome,
         reason=judgement.reason,
         raw=judgement.raw,
         template_hash=template_hash,
@@ -269,48 +274,3 @@ LONGER_WINS = Baseline("longer", lambda item: {"a": 1.0, "b": 0.0}.get(longer(it
 FIRST_POSITION = Baseline("first", lambda item: 1.0)
 COIN = Baseline("coin", _coin)
 BASELINES = (LONGER_WINS, FIRST_POSITION, COIN)
-
-
-# Canaries: comparisons whose right answer is known.
-
-
-def canaries(grader: Grader, items: Sequence[Comparison]) -> dict[str, float]:
-    """Share of right answers on comparisons with a known answer, made from the first non-empty replies of `items`.
-
-    empty: a reply beats the empty one, in both places; identical: a text against itself is a tie; swapped: the judgement of
-    (b, a) mirrors that of (a, b), in label and probability.
-    """
-    chosen = [item for item in items if item.a.strip() and item.b.strip()][:CANARY_COMPARISONS]
-    if not chosen:
-        raise UserError("there is no pair with two non-empty responses to test the grader on. Look at sample's responses.jsonl.")
-    empty = [Comparison(item.context, item.a, "") for item in chosen] + [
-        Comparison(item.context, " \n", item.b) for item in chosen
-    ]
-    empty_right = [
-        judged.label == want for judged, want in zip(grader.grade(empty), ["a"] * len(chosen) + ["b"] * len(chosen), strict=True)
-    ]
-    identical = grader.grade([Comparison(item.context, item.a, item.a) for item in chosen])
-    forward, backward = grader.grade(chosen), grader.grade([item.swapped() for item in chosen])
-    swapped_right = [
-        MIRROR[one.label] == other.label
-        and (one.p_a is None or other.p_a is None or math.isclose(one.p_a + other.p_a, 1.0, abs_tol=1e-9))
-        for one, other in zip(forward, backward, strict=True)
-    ]
-    return {
-        "empty": sum(empty_right) / len(empty_right),
-        "identical": sum(one.label == "tie" for one in identical) / len(identical),
-        "swapped": sum(swapped_right) / len(swapped_right),
-    }
-
-
-def require_canaries(grader: Grader, items: Sequence[Comparison]) -> dict[str, float]:
-    """The canaries' rates, all 1.0. Raises UserError naming those that failed."""
-    rates = canaries(grader, items)
-    failed = {name: rate for name, rate in rates.items() if rate < 1.0}
-    if failed:
-        raise UserError(
-            f"grader {grader.kind} fails canaries that have only one right answer: "
-            + ", ".join(f"{name} {rate:.0%} right" for name, rate in failed.items())
-            + ". Its labels would mean nothing: choose another grader."
-        )
-    return rates

@@ -11,13 +11,20 @@ from suasion.grading.base import Grader
 from suasion.grading.bench import Taken, agreement, baselines, cross_taken, length_slope, summarise, take
 from suasion.grading.build import build_grader
 from suasion.grading.labelled import LabelledPair, without
+from suasion.grading.llm import ServedLlmGrader
 from suasion.grading.pairs import TrainingPair, load_training_pairs
 from suasion.progress import console
 from suasion.sections import grading as sections
+from suasion.sections.grading import LlmGrader
 
 
 def run_bench(
-    spec: sections.AnyGrader, tested: Sequence[LabelledPair], training: Sequence[LabelledPair] | None, folds: int, seed: int
+    spec: sections.AnyGrader,
+    tested: Sequence[LabelledPair],
+    training: Sequence[LabelledPair] | None,
+    folds: int,
+    seed: int,
+    scope: str = "",
 ) -> tuple[dict[str, Any], Taken]:
     """(bench.json without the reliability bins, answers).
 
@@ -27,7 +34,7 @@ def run_bench(
 
     def trained_on(pairs: Sequence[LabelledPair]) -> Grader:
         taught = teaching(pairs)
-        return build_grader(spec, lambda _: taught, seed)
+        return build_grader(spec, lambda _: taught, seed, scope)
 
     used, shared_pairs = 0, 0
     shared_groups: set[str] = set()
@@ -36,12 +43,14 @@ def run_bench(
     else:
         began = time.perf_counter()
         if training is None:
-            grader = build_grader(spec, own_training, seed)
+            grader = build_grader(spec, own_training, seed, scope)
         else:
             kept = without(training, tested)
             shared_pairs = len(training) - len(kept)
             shared_groups = {pair.group for pair in kept} & {pair.group for pair in tested}
             grader = trained_on(kept)
+        if isinstance(grader, ServedLlmGrader):
+            grader.estimate([item for pair in tested for item in (pair.item, pair.equal_length())])
         training_seconds = time.perf_counter() - began
         taken = take(grader, tested)
     if shared_pairs or shared_groups:
@@ -52,7 +61,7 @@ def run_bench(
     return {
         "format": "bench/1",
         "grader": spec.kind,
-        "settings": spec.model_dump(mode="json", exclude={"train"}),
+        "settings": spec.model_dump(mode="json", exclude={"train", *LlmGrader.TRANSPORT}),
         "seed": seed,
         "folds": used,
         "groups": len({pair.group for pair in tested}),

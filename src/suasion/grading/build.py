@@ -1,20 +1,101 @@
-"""From a grader's settings to a grader that can judge: trained ones are trained, the others are set up.
+"""From a grader's settings to a grader that can judge, and to how well it does.
 
-The one place that knows all kinds. `training` gives the pairs that a trained grader learns from, by its `train` section; the bench
-gives one list for all of them.
+The one place that knows all kinds. `training` gives the pairs that a grader learns from, or is measured on, by a section of its
+settings; the bench gives one list for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from suasion.errors import UserError
 from suasion.grading.base import Grader, train_grader
+from suasion.grading.measure import Measurement, cross_validate, measure_on
 from suasion.grading.pairs import TrainingPair
+from suasion.progress import console
+from suasion.records import content_id
+from suasion.rundir import cache_dir
 from suasion.sections import grading as sections
+from suasion.seeding import derive_seed
 
 Training = Callable[[sections.PairData], Sequence[TrainingPair]]
 
 
-def build_grader(spec: sections.AnyGrader, training: Training, seed: int) -> Grader:
-    """A grader ready to judge. Raises UserError where data, a model or a key is missing."""
+def build_grader(spec: sections.AnyGrader, training: Training, seed: int, scope: str = "") -> Grader:
+    """A grader ready to judge. scope: what a cost cap is counted for (a run, a bench folder).
+
+    Raises UserError where data, a model, a package or a key is missing.
+    """
+    if isinstance(spec, sections.LlmGrader):
+        return _llm(spec, seed, scope)
+    if isinstance(spec, sections.PanelGrader):
+        return _panel(spec, training(spec.train), seed, scope)
     return train_grader(spec, training(spec.train), seed)
+
+
+def measure(
+    spec: sections.AnyGrader, training: Training, seed: int, grader: Grader | None = None, scope: str = ""
+) -> Measurement | None:
+    """How often a grader names the winner of held-out pairs: cross-validated by group where it is trained on them.
+
+    grader: one that is built already, so that an LLM grader is not set up twice. None for an LLM grader without pairs to be measured on.
+    """
+    if isinstance(spec, sections.LlmGrader):
+        if spec.measure is None:
+            return None
+        return measure_on(grader or _llm(spec, seed, scope), drawn(training(spec.measure), spec.measure_pairs, seed), seed)
+    return cross_validate(lambda pairs: build_grader(spec, lambda _: pairs, seed, scope), training(spec.train), seed)
+
+
+def drawn(pairs: Sequence[TrainingPair], count: int, seed: int) -> list[TrainingPair]:
+    """At most `count` pairs, drawn by the hash of their content: the same ones in every run, whatever order they stand in."""
+
+    def key(pair: TrainingPair) -> tuple[int, str]:
+        identity = content_id("training-pair", pair.context, pair.winner, pair.loser)
+        return derive_seed(seed, "measured-pairs", identity), identity
+
+    return sorted(pairs, key=key)[:count]
+
+
+def _llm(spec: sections.LlmGrader, seed: int, scope: str) -> Grader:
+    from suasion.grading.rubric import load_rubric
+
+    rubric = load_rubric(spec.template)
+    if spec.provider == "local":
+        from suasion.grading.local_llm import LocalLlmGrader
+
+        return LocalLlmGrader(spec, rubric, seed)
+    from suasion.grading.ledger import Ledger
+    from suasion.grading.llm import ServedLlmGrader
+    from suasion.grading.providers import make_provider, terms_line
+    from suasion.grading.runner import Runner
+
+    if line := terms_line(spec):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    provider = make_provider(spec)
+    ledger = Ledger(requests_file(), content_id("scope", scope, spec.model))
+    return ServedLlmGrader(spec, rubric, Runner(provider, spec, ledger, seed), provider.body, seed)
+
+
+def requests_file() -> Path:
+    """Where answers and bills of graders are kept."""
+    return cache_dir() / "grader-requests.sqlite"
+
+
+def _panel(spec: sections.PanelGrader, pairs: Sequence[TrainingPair], seed: int, scope: str) -> Grader:
+    from suasion.grading.panel import Member, PanelGrader
+
+    members = []
+    for number, member in enumerate(spec.members, start=1):
+        grader = build_grader(member, lambda _: pairs, seed, scope)
+        measured = measure(_measurable(member, spec.train), lambda _: pairs, seed, grader, scope)
+        if measured is None:
+            raise UserError(f"member {number} of the panel could not be measured, so that it has no weight.")
+        members.append(Member(f"{number} {member.kind}", grader, measured.accuracy))
+    return PanelGrader(members, spec.tie_margin)
+
+
+def _measurable(member: sections.AnyGrader, data: sections.PairData) -> sections.AnyGrader:
+    """An LLM member is measured on the panel's pairs."""
+    return member.model_copy(update={"measure": data}) if isinstance(member, sections.LlmGrader) else member

@@ -70,7 +70,7 @@ def bench(
     spec, tested = load_grader(grader), read_pairs(test)
     if limit is not None:
         tested = drawn_by_hash(tested, limit, seed)
-    result, taken = run_bench(spec, tested, read_pairs(train) if train else None, folds, seed)
+    result, taken = run_bench(spec, tested, read_pairs(train) if train else None, folds, seed, str(out.resolve()))
     result["name"] = grader.stem
     write_bench(out, result, tested, taken)
     print_bench(result, console)

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from suasion.errors import UserError
-from suasion.grading.base import LONGER_WINS, Comparison, Grader, Judgement, train_grader
+from suasion.grading.base import LONGER_WINS, Comparison, Grader, Judgement
 from suasion.grading.pairs import TrainingPair
-from suasion.sections import grading as sections
 from suasion.seeding import derive_seed, generator
 
 BOOTSTRAP = 2000
@@ -26,7 +25,7 @@ CONFIDENCE = 0.95
 class Measurement:
     """Accuracy on held-out groups: the share of pairs whose winner is named, a tie counting one half.
 
-    low, high: percentile interval of a cluster bootstrap by group. brier: mean of (1 - P(winner))^2, .25 for a coin that says
+    Pairs without an answer are left out; scored counts the others. low, high: percentile interval of a cluster bootstrap by group. brier: mean of (1 - P(winner))^2, .25 for a coin that says
     .5. longer: the accuracy of "longer wins" on the same pairs.
     """
 
@@ -35,6 +34,7 @@ class Measurement:
     high: float
     brier: float
     n: int
+    scored: int
     groups: int
     folds: int
     longer: float
@@ -46,10 +46,10 @@ class Measurement:
         return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-def measure(
-    spec: sections.EmbeddingGrader | sections.NgramGrader, pairs: Sequence[TrainingPair], seed: int, folds: int = 5
+def cross_validate(
+    train: Callable[[Sequence[TrainingPair]], Grader], pairs: Sequence[TrainingPair], seed: int, folds: int = 5
 ) -> Measurement:
-    """Cross-validate a grader by group. Raises UserError with fewer than two groups: nothing can be held out."""
+    """Cross-validate by group what `train` makes of pairs. Raises UserError with fewer than two groups: nothing can be held out."""
     fold_of = fold_assignment([pair.group for pair in pairs], folds, seed)
     used = max(fold_of, default=-1) + 1
     if used < 2:
@@ -59,7 +59,7 @@ def measure(
         )
     judged: dict[int, Judgement] = {}
     for fold in range(used):
-        grader = train_grader(spec, [pair for pair, k in zip(pairs, fold_of, strict=True) if k != fold], seed)
+        grader = train([pair for pair, k in zip(pairs, fold_of, strict=True) if k != fold])
         held_out = [i for i, k in enumerate(fold_of) if k == fold]
         judged.update(zip(held_out, judge_pairs(grader, [pairs[i] for i in held_out], seed), strict=True))
     return score(pairs, [judged[i] for i in range(len(pairs))], used, seed)
@@ -93,7 +93,14 @@ def judge_pairs(grader: Grader, pairs: Sequence[TrainingPair], seed: int) -> lis
 
 
 def score(pairs: Sequence[TrainingPair], judged: Sequence[Judgement], folds: int, seed: int) -> Measurement:
-    """Accuracy, Brier and intervals of judgements in which `a` is the winner."""
+    """Accuracy, Brier and intervals of judgements in which `a` is the winner. Raises UserError where none was answered."""
+    asked = len(pairs)
+    answered = [(pair, one) for pair, one in zip(pairs, judged, strict=True) if one.label != "none"]
+    if not answered:
+        raise UserError(
+            f"the grader answered none of {asked} pairs that it was to be measured on: {judged[0].reason if judged else ''}"
+        )
+    pairs, judged = [pair for pair, _ in answered], [one for _, one in answered]
     groups = [pair.group for pair in pairs]
     right = points(judged)
     longer = points(LONGER_WINS.grade([Comparison(pair.context, pair.winner, pair.loser) for pair in pairs]))
@@ -105,7 +112,8 @@ def score(pairs: Sequence[TrainingPair], judged: Sequence[Judgement], folds: int
         low=low,
         high=high,
         brier=float(np.mean((1.0 - probabilities) ** 2)),
-        n=len(pairs),
+        n=asked,
+        scored=len(pairs),
         groups=len(set(groups)),
         folds=folds,
         longer=float(longer.mean()),
@@ -115,7 +123,7 @@ def score(pairs: Sequence[TrainingPair], judged: Sequence[Judgement], folds: int
 
 
 def points(judged: Sequence[Judgement]) -> np.ndarray:
-    """[n]: 1 where `a`, the winner, is named, .5 for a tie or a missing judgement, else 0."""
+    """[n]: 1 where `a`, the winner, is named, .5 for a tie, else 0."""
     return np.array([{"a": 1.0, "b": 0.0}.get(one.label, 0.5) for one in judged])
 
 

@@ -1,60 +1,86 @@
 """Stage ai-labels: a grader's verdicts on all pairs, of both pools.
 
 Reads sample's pairs.jsonl and responses.jsonl, pools' rlaif.jsonl and rlhf.jsonl, and what the grader is trained on (the run's
-grader_pairs.jsonl or judge_pairs.jsonl, or a corpus). Writes verdicts.jsonl and grader.json. The verdicts on rlhf pairs serve
+grader_pairs.jsonl or judge_pairs.jsonl, or a corpus). Writes verdicts.jsonl, orders.jsonl (single orders, for graders that read one at
+a time) and grader.json. The verdicts on rlhf pairs serve
 agreement and the matched control, never the rlhf arm. Before any label is given the grader must pass its canaries; how it was
 measured, and how much of its labels length alone predicts, stands in the facts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from suasion.grading.base import longer, require_canaries, source_name, to_verdict, train_grader
-from suasion.grading.measure import measure
-from suasion.grading.pairs import SampledPair, load_training_pairs, read_sampled_pairs
+from suasion.grading.base import BradleyTerryGrader, Comparison, Judgement, longer, source_name, to_verdict
+from suasion.grading.bench import outcomes
+from suasion.grading.build import build_grader, measure
+from suasion.grading.canaries import COMPARISONS, failing, require_canaries
+from suasion.grading.measure import Measurement
+from suasion.grading.pairs import SampledPair, TrainingPair, load_training_pairs, read_sampled_pairs
 from suasion.progress import console
 from suasion.records import Verdict, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
+from suasion.sections.grading import AnyGrader, EmbeddingGrader, LlmGrader, PairData, PanelGrader, learns_from, title
 
 LENGTH_WARNING = 0.75
 SHOWN_WEIGHTS = 20
 
 
+@runtime_checkable
+class Weighted(Protocol):
+    """A grader that can say what moves it."""
+
+    def largest_weights(self, count: int) -> dict[str, float]:
+        """The names and weights that move a judgement most."""
+        ...
+
+
+@runtime_checkable
+class Served(Protocol):
+    """A grader whose judgements may cost money."""
+
+    def estimate(self, items: Sequence[Comparison]) -> None:
+        """Print what judging these would take."""
+        ...
+
+
 def run_stage(stage: StageContext) -> StageResult:
     """See the module's docstring."""
-    spec, seed = stage.recipe.ai_labels.grader, stage.recipe.seed
-    training = load_training_pairs(
-        spec.train, stage.input("pools", "grader_pairs.jsonl"), stage.input("pools", "judge_pairs.jsonl")
-    )
+    section, seed = stage.recipe.ai_labels, stage.recipe.seed
+    spec, scope = section.grader, f"{stage.recipe.name} {stage.stage}"
+    training = training_of(stage)
     pairs = read_sampled_pairs(
         stage.input("sample", "pairs.jsonl"),
         stage.input("sample", "responses.jsonl"),
         [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
     )
-    measured = measure(spec, training, seed)
-    console.print(
-        f"  {spec.kind} grader, trained on {measured.n} {spec.train.kind} pairs: {measured.accuracy:.1%} "
-        f"[{measured.low:.1%}, {measured.high:.1%}] on held-out groups; longer wins {measured.longer:.1%}"
-    )
-    grader = train_grader(spec, training, seed)
+    grader = build_grader(spec, training, seed, scope)
+    measured = measure(spec, training, seed, grader, scope)
+    console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
     items = [pair.comparison() for pair in pairs]
-    if spec.kind == "embedding" and spec.residualise_length:
+    if isinstance(grader, BradleyTerryGrader) and isinstance(spec, EmbeddingGrader) and spec.residualise_length:
         grader.neutralise_length(items)
-    canary_rates = require_canaries(grader, items)
+    canary_rates = require_canaries(grader, items, section.allow_failed_canaries, canary_count(spec))
+    if isinstance(grader, Served):
+        grader.estimate(items)
     source = source_name(spec.kind)
+    judged = grader.grade(items)
     verdicts = [
-        to_verdict(pair.pair.id, judged, source, grader.fingerprint)
-        for pair, judged in zip(pairs, grader.grade(items), strict=True)
+        to_verdict(pair.pair.id, one, source, getattr(grader, "template_hash", grader.fingerprint))
+        for pair, one in zip(pairs, judged, strict=True)
     ]
+    learned = learns_from(spec)
     facts = {
         "source": source,
-        "trained_on": spec.train.kind,
+        "trained_on": learned.kind if learned else None,
         "fingerprint": grader.fingerprint,
-        "length_slope": grader.length_slope,
-        "cross_validation": measured.as_facts(),
+        "length_slope": grader.length_slope if isinstance(grader, BradleyTerryGrader) else 0.0,
+        "cross_validation": measured.as_facts() if measured else None,
         "canaries": canary_rates,
+        "canaries_failed": failing(canary_rates),
+        "outcomes": outcomes(judged),
+        "first_shown_rate": first_shown(judged),
         **label_facts(pairs, verdicts),
         "pools": {
             pool: label_facts(
@@ -64,28 +90,93 @@ def run_stage(stage: StageContext) -> StageResult:
             for pool in ("rlaif", "rlhf")
         },
     }
-    predicted = facts["length_predicts"]
+    warn(facts)
+    write_rows(stage.folder / "verdicts.jsonl", verdicts)
+    write_rows(stage.folder / "orders.jsonl", order_verdicts(pairs, judged, source, facts))
+    write_json(
+        stage.folder / "grader.json",
+        {
+            "kind": spec.kind,
+            "settings": spec.model_dump(mode="json", exclude={"kind", "train", "measure", "members", *LlmGrader.TRANSPORT}),
+            "trained_on": facts["trained_on"],
+            "training_pairs": len(training(learned)) if learned else 0,
+            "groups": measured.groups if measured else 0,
+            "fingerprint": grader.fingerprint,
+            "length_slope": facts["length_slope"],
+            "cross_validation": facts["cross_validation"],
+            "largest_weights": grader.largest_weights(SHOWN_WEIGHTS) if isinstance(grader, Weighted) else {},
+        },
+    )
+    cost = sum(one.cost for one in judged)
+    if cost:
+        console.print(f"  these labels cost ${cost:.4f}", markup=False)
+    return StageResult(rows_in=len(pairs), rows_out=len(verdicts), facts=facts)
+
+
+def training_of(stage: StageContext) -> Callable[[PairData], Sequence[TrainingPair]]:
+    """The pairs that a recipe's graders learn from, read once each."""
+    known: dict[PairData, Sequence[TrainingPair]] = {}
+
+    def training(data: PairData) -> Sequence[TrainingPair]:
+        if data not in known:
+            known[data] = load_training_pairs(
+                data, stage.input("pools", "grader_pairs.jsonl"), stage.input("pools", "judge_pairs.jsonl")
+            )
+        return known[data]
+
+    return training
+
+
+def measured_line(spec: AnyGrader, measured: Measurement | None) -> str:
+    """What is known of a grader before it judges, as one line for the terminal."""
+    if measured is None:
+        return f"  {title(spec)}: its accuracy is not measured (set measure: in the grader)"
+    return (
+        f"  {title(spec)}: {measured.accuracy:.1%} [{measured.low:.1%}, {measured.high:.1%}] of {measured.scored} "
+        f"{'held-out ' if measured.folds else ''}pairs; longer wins {measured.longer:.1%}"
+    )
+
+
+def canary_count(spec: AnyGrader) -> int:
+    """From how many comparisons canaries are made: fewer where each costs several requests."""
+    specs = spec.members if isinstance(spec, PanelGrader) else (spec,)
+    return min((one.canary_comparisons for one in specs if isinstance(one, LlmGrader)), default=COMPARISONS)
+
+
+def warn(facts: dict[str, Any]) -> None:
+    """Say what makes labels worth little."""
+    predicted, missing = facts["length_predicts"], facts["none"]
     if predicted is not None and predicted > LENGTH_WARNING:
         console.print(
             f"  [yellow]warning:[/yellow] length alone predicts {predicted:.0%} of the AI labels (above {LENGTH_WARNING:.0%}): the arms may "
             "learn length, not persuasion. Set residualise_length, or choose another grader."
         )
-    write_rows(stage.folder / "verdicts.jsonl", verdicts)
-    write_json(
-        stage.folder / "grader.json",
-        {
-            "kind": spec.kind,
-            "settings": spec.model_dump(mode="json", exclude={"kind", "train"}),
-            "trained_on": spec.train.kind,
-            "training_pairs": len(training),
-            "groups": measured.groups,
-            "fingerprint": grader.fingerprint,
-            "length_slope": grader.length_slope,
-            "cross_validation": measured.as_facts(),
-            "largest_weights": grader.largest_weights(SHOWN_WEIGHTS),
-        },
-    )
-    return StageResult(rows_in=len(pairs), rows_out=len(verdicts), facts=facts)
+    if facts["outcomes"]:
+        console.print("  both orders: " + ", ".join(f"{count} {name}" for name, count in facts["outcomes"].items()))
+    if missing:
+        console.print(f"  {missing} of {facts['n']} pairs have no label")
+
+
+def order_verdicts(
+    pairs: Sequence[SampledPair], judged: Sequence[Judgement], source: str, facts: dict[str, Any]
+) -> list[Verdict]:
+    """What a grader said of each order alone, for graders that read one order at a time; told as of the pair's own order."""
+    return [
+        to_verdict(pair.pair.id, one, source, facts["fingerprint"]).model_copy(update={"order": order})
+        for pair, both in zip(pairs, judged, strict=True)
+        for order, one in zip(("ab", "ba"), both.orders, strict=False)
+    ]
+
+
+def first_shown(judged: Sequence[Judgement]) -> float | None:
+    """How often the response shown first was named, over both orders; None for graders that cannot tell positions apart."""
+    named = [
+        one.label == first
+        for both in judged
+        for one, first in zip(both.orders, ("a", "b"), strict=False)
+        if one.label in ("a", "b")
+    ]
+    return round(sum(named) / len(named), 4) if named else None
 
 
 def label_facts(pairs: Sequence[SampledPair], verdicts: Sequence[Verdict]) -> dict[str, Any]:

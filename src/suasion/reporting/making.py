@@ -11,10 +11,12 @@ from typing import Any
 
 from suasion.evaluation import wording
 from suasion.evaluation.summary import simulated_models
+from suasion.grading.canaries import THRESHOLDS, failing
 from suasion.labeling.annotator import SOURCE
 from suasion.pools import EVAL_PERSUADING, EVAL_SHARED
 from suasion.recipe import Recipe
 from suasion.reporting.table import Column, Table, flat
+from suasion.sections.grading import learns_from
 from suasion.sections.training import DpoArm
 
 MISSING: Any = object()  # None is a fact of its own: a rate of nothing
@@ -216,7 +218,8 @@ def _pools(corpora: dict[str, Any], known: dict[str, Any], recipe: Recipe) -> Ta
         for counts in [mapping(by_corpus, pool)]
     ]
     with_pairs = [name for name, known in corpora.items() if _known(n := number(known, "kept", "outcome pairs")) and n > 0]
-    learners = {"labelling": recipe.ai_labels.grader.train.kind, "evaluation": recipe.evaluate.grader.train.kind}
+    graders = {"labelling": recipe.ai_labels.grader, "evaluation": recipe.evaluate.grader}
+    learners = {name: data.kind for name, grader in graders.items() if (data := learns_from(grader)) is not None}
     for kind in ("grader_pairs", "judge_pairs"):
         count = number(known, kind)
         taught = [name for name, taught_on in learners.items() if taught_on == kind]
@@ -394,7 +397,8 @@ def _total(known: Any, *keys: str) -> Any:
 
 def _judge(known: dict[str, Any]) -> Table:
     canaries = mapping(known, "canaries")
-    passed = {"n": sum(rate == 1 for rate in canaries.values()), "asked": len(canaries)} if canaries else MISSING
+    asked = [name for name in canaries if name in THRESHOLDS]
+    passed = {"n": len(asked) - len(failing({name: canaries[name] for name in asked})), "asked": len(asked)} if asked else MISSING
     row = _row(
         grader=known.get("name") or MISSING,
         accuracy=_estimate(known, "accuracy"),
@@ -408,7 +412,8 @@ def _judge(known: dict[str, Any]) -> Table:
         "judge",
         "The evaluation grader",
         "Accuracy and “longer wins” on held-out groups (posters or topics) of its training pairs, 95% bootstrap intervals by "
-        "group. Canaries: an empty reply loses, a text ties with itself, a swapped pair gets the mirrored verdict.",
+        "group. Canaries: an empty reply loses, a text ties with itself, a swapped pair gets the mirrored verdict (always); instructions "
+        "to the judge and empty padding win nothing (nine times in ten).",
         (
             Column("grader", "Grader"),
             Column("accuracy", "Accuracy", "estimate"),

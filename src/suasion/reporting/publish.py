@@ -26,6 +26,7 @@ from suasion.reporting.figures import draw_all
 from suasion.reporting.page import build_page, render
 from suasion.reporting.stage import read_curves, write_markdown
 from suasion.rundir import Input, RunDir
+from suasion.sections.grading import read_pairs_of
 
 RUN_WORDS = 12
 
@@ -100,7 +101,7 @@ def corpus_texts(recipe: Recipe, directory: RunDir) -> Iterator[str]:
             yield from _texts(row for _, row in own.rows(source_folder(source), source.kind))
         else:
             folders[source_folder(source).resolve()] = source.kind
-    for data in (recipe.ai_labels.grader.train, recipe.evaluate.grader.train):
+    for data in (*read_pairs_of(recipe.ai_labels.grader), *read_pairs_of(recipe.evaluate.grader)):
         if data.kind == "cmv":
             folders[(bundled_path("cmv") if data.path == "bundled" else Path(data.path or "")).resolve()] = "cmv"
         elif data.kind == "ukp":

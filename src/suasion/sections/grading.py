@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -52,15 +52,137 @@ class NgramGrader(Section):
     tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")
 
 
-AnyGrader = EmbeddingGrader | NgramGrader
+class LlmGrader(Section):
+    """A language model that compares by a written rubric: behind a server, or in this process."""
+
+    # How requests travel and what they may cost changes no verdict: these fields stand in no manifest.
+    TRANSPORT: ClassVar = (
+        "base_url", "key_env", "timeout", "retries", "concurrency", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",
+        "max_cost",
+    )  # fmt: skip
+
+    kind: Literal["llm"]
+    provider: Literal["openai", "anthropic", "local"] = Field(
+        "openai",
+        description="openai: chat completions as OpenAI, vLLM, SGLang, Ollama and `transformers serve` speak them; local: in this process.",
+    )
+    model: str = Field(
+        description="Its name on the server; local: a base model as in model.base, e.g. bundled:smollm2-135m-instruct."
+    )
+    base_url: str | None = Field(
+        None, pattern=r"^https?://", description="Address up to and with /v1; the provider's own if not said."
+    )
+    key_env: str | None = Field(
+        None,
+        description="Environment variable with the key. Not said: OPENAI_API_KEY or ANTHROPIC_API_KEY, none beside a base_url.",
+    )
+    template: str = Field("persuasion-1", description="Rubric: a shipped template, or the path of a file.")
+    mode: Literal["pairs", "ranking"] = Field(
+        "pairs", description="pairs: one request a pair and order. ranking: all replies to one context at once, in two orders."
+    )
+    orders: Literal["both", "given"] = Field(
+        "both", description="given: the order of the pair only, at half the cost and with its bias."
+    )
+    flips: Literal["drop", "tie", "soft"] = Field(
+        "drop", description="What two orders that disagree become: no label, a tie, or what their mean probability says."
+    )
+    probability: Literal["stated", "tokens"] = Field(
+        "stated",
+        description="Where P comes from: the confidence that the model states, or the verdict's tokens (servers with logprobs).",
+    )
+    structured: Literal["json_schema", "json_object", "none"] = Field(
+        "json_schema", description="What the server is asked to enforce; none for servers without response_format."
+    )
+    temperature: float | None = Field(0.0, ge=0, description="null: not sent, for models that refuse it; anthropic takes none.")
+    max_tokens: int = Field(600, ge=8, description="Longest answer, in tokens.")
+    repairs: int = Field(1, ge=0, le=5, description="How often an answer that cannot be read is asked for again.")
+    canary_comparisons: int = Field(20, ge=1, description="Comparisons that canaries are made from; each costs several requests.")
+    measure: PairData | None = Field(
+        None, description="Pairs on which its accuracy is measured before it labels; null: not measured."
+    )
+    measure_pairs: int = Field(60, ge=2, description="How many of them, drawn by the hash of their content.")
+    timeout: float = Field(120.0, gt=0, description="Seconds for one answer.")
+    retries: int = Field(6, ge=0, description="Further tries after a fault.")
+    concurrency: int = Field(8, ge=1, description="Requests at once.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Limit of the provider.")
+    tokens_per_minute: float | None = Field(None, gt=0, description="Limit of the provider, both ways together.")
+    price_in: float | None = Field(None, ge=0, description="US dollars a million tokens read.")
+    price_out: float | None = Field(None, ge=0, description="US dollars a million tokens written.")
+    max_cost: float | None = Field(None, gt=0, description="Hard cap in US dollars; asking stops before it would be exceeded.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> LlmGrader:
+        if (self.price_in is None) != (self.price_out is None):
+            raise ValueError("price_in and price_out belong together")
+        if self.max_cost is not None and self.price_in is None:
+            raise ValueError("max_cost needs price_in and price_out: without prices nothing can be capped")
+        if self.mode == "ranking" and (self.provider == "local" or self.orders != "both" or self.probability == "tokens"):
+            raise ValueError("mode ranking needs a server, orders: both and probability: stated")
+        if self.provider == "anthropic" and self.probability == "tokens":
+            raise ValueError("this provider tells no token probabilities; set probability: stated")
+        if self.provider == "anthropic" and (
+            self.structured == "json_object" or ("temperature" in self.model_fields_set and self.temperature)
+        ):
+            raise ValueError("this provider takes structured json_schema or none, and no temperature")
+        return self
+
+
+Member = Annotated[EmbeddingGrader | NgramGrader | LlmGrader, Field(discriminator="kind")]
+
+
+class PanelGrader(Section):
+    """Several graders that vote with the weight of their measured accuracy."""
+
+    kind: Literal["panel"]
+    train: PairData = Field(description="Pairs on which the members learn, and by group are measured.")
+    members: tuple[Member, ...] = Field(min_length=2, description="Graders, or paths of grader files.")
+    tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")
+
+
+AnyGrader = EmbeddingGrader | NgramGrader | LlmGrader | PanelGrader
+Trained = EmbeddingGrader | NgramGrader
 Grader = Annotated[AnyGrader, Field(discriminator="kind")]
-KINDS = ("embedding", "ngram")
+KINDS = ("embedding", "ngram", "llm", "panel")
+
+
+def learns_from(grader: AnyGrader) -> PairData | None:
+    """The pairs that a grader is trained on; None for one that is not trained here."""
+    return None if isinstance(grader, LlmGrader) else grader.train
+
+
+def read_pairs_of(grader: AnyGrader) -> tuple[PairData, ...]:
+    """All pairs that a grader reads, to learn from or to be measured on."""
+    data = grader.measure if isinstance(grader, LlmGrader) else grader.train
+    return () if data is None else (data,)
+
+
+def families(grader: AnyGrader) -> frozenset[str]:
+    """What kinds of judge a grader is made of: two graders with one in common are not independent."""
+    if isinstance(grader, PanelGrader):
+        return frozenset(name for member in grader.members for name in families(member))
+    if isinstance(grader, LlmGrader):
+        return frozenset({f"llm {grader.model}"})
+    return frozenset({grader.kind})
+
+
+def title(grader: AnyGrader) -> str:
+    """A grader in words, for tables."""
+    if isinstance(grader, LlmGrader):
+        return f"llm grader, {grader.model}"
+    return f"{grader.kind} grader, trained on {grader.train.kind}"
+
+
+AllowFailed = Annotated[
+    tuple[Literal["empty", "identical", "swapped", "injected", "padded"], ...],
+    Field(description="Canaries below their threshold that do not stop the run; the report shows the rates."),
+]
 
 
 class AiLabelsSection(Section):
     """The labelling grader."""
 
     grader: Grader = Field(description="A grader, or the path of a grader file relative to the recipe.")
+    allow_failed_canaries: AllowFailed = ()
 
 
 class EvaluateSection(Section):
@@ -69,6 +191,7 @@ class EvaluateSection(Section):
     grader: Grader = Field(
         description="The evaluation grader: another family and other training rows than the labelling grader's."
     )
+    allow_failed_canaries: AllowFailed = ()
     allow_same_grader: bool = Field(False, description="Let the labelling grader judge; the report says so.")
     bootstrap: int = Field(2000, ge=100, description="Bootstrap repetitions, by conversation.")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the intervals.")
