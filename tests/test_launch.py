@@ -436,3 +436,57 @@ def test_an_address_that_is_none(tmp_path) -> None:
 def test_an_s3_place_that_is_none(text) -> None:
     with pytest.raises(UserError, match="s3://BUCKET/PREFIX"):
         flow.parse_s3(text)
+
+
+def command(*words: str, answer: str | None = None):
+    from typer.testing import CliRunner
+
+    from suasion.cli import app
+
+    return CliRunner().invoke(app, ["launch", *words], input=answer)
+
+
+def test_price_and_estimate_are_shown_and_a_no_makes_nothing(aws, tmp_path) -> None:
+    asked_for = (
+        str(TINY),
+        "--on",
+        "aws",
+        "--region",
+        "us-east-1",
+        "--types",
+        "g5.xlarge",
+        "--market",
+        "on-demand",
+        "--max-dollars",
+        "3",
+    )
+    done = command(*asked_for, "--address", "203.0.113.7", "--runs", str(tmp_path), answer="n\n")
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert "cheapest: g5.xlarge on-demand in us-east-1a at $1.0060 an hour (Pricing API)" in text
+    assert "estimate: " in text
+    assert "caps: $3.00 and 24 h" in text
+    assert "rent it?" in text
+    assert not MAKING & set(aws.calls)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_commands_that_cannot_be(aws, tmp_path) -> None:
+    assert isinstance(command("status", "none", "--runs", str(tmp_path)).exception, UsageError)
+    assert command(str(TINY)).exit_code == 2  # where?
+    done = command(str(TINY), "--on", "aws", "--pass-env", "NO_SUCH_VARIABLE", "--runs", str(tmp_path))
+    assert isinstance(done.exception, UsageError)
+
+
+def test_stop_status_and_sweep_up_from_the_command_line(aws, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(resources, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(resources.remove_all, "__defaults__", ("", 40, 0.0, lambda line: None))
+    launch = make(tmp_path, Machine())
+    run_once(launch, offers_of(launch), detach=True)
+    told = command("status", "tiny", "--runs", str(launch.run.parent))
+    assert told.exit_code == 0, told.output
+    assert launch.session.instance in told.output
+    assert command("sweep-up", "--region", "us-east-1", answer="n\n").exit_code == 0
+    assert len(left(aws)) == 4
+    assert command("sweep-up", "--region", "us-east-1", "--yes").output.endswith("nothing is left\n")
+    assert left(aws) == []

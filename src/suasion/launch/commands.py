@@ -89,6 +89,9 @@ def start(
     missing = [name for name in pass_env or [] if name not in os.environ]
     if missing:
         raise UsageError(f"--pass-env {missing[0]}: no such environment variable here.")
+    for name in pass_env or []:
+        if "\n" in os.environ[name]:
+            raise UsageError(f"--pass-env {name}: its value has several lines; only one can be handed over.")
     if s3:
         parse_s3(s3)
     moved_inputs(loaded, "")

@@ -44,6 +44,7 @@ BOOT_SECONDS = 600.0
 POLL_SECONDS = 10.0
 GONE = ("terminated", "shutting-down", "stopped", "stopping", "absent")
 TAKEN_BACK = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")  # AWS: StateReason codes of DescribeInstances
+NOT_FETCHED = {"labels.db"}  # people may have labelled here meanwhile
 NOT_UPLOADED = {"launch", "attic", "logs", "recipe.yaml", ".lock"}
 
 
@@ -113,6 +114,7 @@ def run_once(launch: Launch, offers: Sequence[Offer], detach: bool = False) -> E
     launch.save()
     if not (launch.run / "recipe.yaml").is_file():
         open_run(launch.recipe, launch.run.parent).write_recipe(launch.recipe)
+    failure: UserError | None = None
     try:
         rent(launch, offers)
         host = launch.host_of(launch.session)
@@ -123,9 +125,15 @@ def run_once(launch: Launch, offers: Sequence[Offer], detach: bool = False) -> E
         if detach:
             return Ended("running")
         return follow(launch, host)
+    except UserError as error:
+        failure = error
+        raise
     finally:
         if not left_running:
-            clean_up(launch.account, launch.session, launch.run, launch.clean_up_wait)
+            try:
+                clean_up(launch.account, launch.session, launch.run, launch.clean_up_wait)
+            except UserError as error:
+                raise (UserError(f"{failure}\nAnd then: {error}") if failure else error) from error
 
 
 def rent(launch: Launch, offers: Sequence[Offer]) -> Offer:
@@ -305,7 +313,7 @@ def fetch_rest(host: Host, launch: Launch, salvage: bool) -> None:
     incoming = run / "launch" / "incoming"
     shutil.rmtree(incoming, ignore_errors=True)
     listed = host.run(f"ls {launch.folder}/runs/{run.name} 2> /dev/null || true").decode().split()
-    names = [name for name in listed if name not in NOT_UPLOADED and not (run / name / MANIFEST).is_file()]
+    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED and not (run / name / MANIFEST).is_file()]
     host.pull(
         names if salvage else [name for name in names if name == "timings.json"], f"{launch.folder}/runs/{run.name}", incoming
     )
