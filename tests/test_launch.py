@@ -72,7 +72,7 @@ class Machine:
             if self.raises:
                 raise self.raises
             return f"{self.says}\n\n".encode()
-        return b"/home/ubuntu\n" if command == "pwd" else b""
+        return b"/srv/machine\n" if command == "pwd" else b""
 
     def push(self, uploads, texts, folder):
         self.sent.append((folder, "".join(texts.values()).encode()))

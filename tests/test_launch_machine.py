@@ -304,7 +304,7 @@ def test_inputs_keep_their_names_and_move(tmp_path) -> None:
     recipe = load_recipe(
         TINY, (f"corpus.sources=[{{kind: cmv, path: {corpus}}}]", f"human_labels.source={{kind: file, path: {labels}}}")
     )  # fmt: skip
-    text, uploads = moved_inputs(recipe, "/home/ubuntu/x")
+    text, uploads = moved_inputs(recipe, "/srv/machine/x")
     assert [(item.path, item.name) for item in uploads] == [
         (corpus, "inputs/0/winning-args-corpus"),
         (labels, "inputs/1/labels.jsonl"),
