@@ -278,6 +278,34 @@ def test_features_by_hand():
     assert value["share_of_context"] == pytest.approx(2 / 3)  # trams and free, of trams, free, everyone
 
 
+def test_interplay_by_hand_and_only_where_it_is_asked_for(fake_embedder):
+    value = dict(zip(features.NAMES, features.readable("the cat and the dog", "the cat or a bird"), strict=True))
+    # context: the cat and dog; reply: the cat or a bird; stop words: the, and | the, or, a
+    assert value["all_share_of_reply"] == pytest.approx(2 / 5)
+    assert value["all_share_of_context"] == pytest.approx(2 / 4)
+    assert value["all_jaccard"] == pytest.approx(2 / 7)
+    assert value["stop_shared"] == pytest.approx(math.log(2))
+    assert value["stop_share_of_reply"] == pytest.approx(1 / 3)
+    assert value["stop_share_of_context"] == pytest.approx(1 / 2)
+    assert value["stop_jaccard"] == pytest.approx(1 / 4)
+    some = base.train_grader(embedding_spec(), training_pairs(), 0)
+    every = base.train_grader(embedding_spec(interplay="all"), training_pairs(), 0)
+    assert not features.INTERPLAY & some.largest_weights(50).keys()
+    assert features.INTERPLAY & every.largest_weights(50).keys()
+
+
+def test_tuning_sees_training_pairs_only_and_finds_that_noise_wants_no_embeddings(fake_embedder):
+    """The fake embeddings are noise and the readable features tell everything: a strong embedding block can only hurt."""
+    rows = training_pairs()
+    grader = base.train_grader(embedding_spec(tune=True), rows, 0)
+    assert grader.settings in embedding.GRID
+    assert grader.settings == base.train_grader(embedding_spec(tune=True), rows, 0).settings
+    assert grader.settings[1] <= 0.1
+    one_group = [TrainingPair(p.context, p.winner, p.loser, "one") for p in rows]
+    assert base.train_grader(embedding_spec(tune=True, ridge=7.0), one_group, 0).settings == (7.0, 0.3)
+    assert cross_validated(embedding_spec(tune=True), rows[:24]).accuracy > 0.7
+
+
 def test_graders_and_the_simulated_annotator_share_no_feature():
     """No readable feature may be redundancy, long words or sentence variation: each of the three can move while none of these does."""
     reply = "we went home early today and then saw him. it was fun to do so."

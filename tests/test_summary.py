@@ -417,3 +417,20 @@ def test_words_for_numbers():
     assert wording.percent(None) == "–"
     assert [wording.p_value(p) for p in (0.00001, 0.031, 1.0, None)] == ["p < .001", "p = .031", "p = 1", "no p-value"]
     assert wording.listed(["a", "b", "c"]) == "a, b and c"
+
+
+@pytest.mark.parametrize(
+    ("agreement", "said"),
+    [
+        ([], "was not compared with people"),
+        ([{"people": False, "agree": 0.9, "n": 50, "balanced": {"value": 0.9, "low": 0.8, "high": 0.95}}], "was not compared with people"),
+        ([{"people": True, "agree": 0.7, "n": 50, "balanced": {"value": 0.7, "low": 0.6, "high": 0.8}}], "agrees with people beyond chance: 70%"),
+        ([{"people": True, "agree": 0.7, "n": 50, "balanced": {"value": 0.55, "low": 0.45, "high": 0.65}}], "which may be chance"),
+        ([{"people": True, "agree": 0.3, "n": 50, "balanced": None, "low": 0.2, "high": 0.4}], "judges against them"),
+        ([{"people": True, "agree": 1.0, "n": 1, "balanced": None, "low": None, "high": None}], "too few"),
+    ],
+)  # fmt: skip
+def test_a_win_rate_is_a_claim_about_people_only_where_they_agree_with_the_judge(agreement, said):
+    sentence = wording._people_caveat({"agreement": agreement})
+    assert said in sentence
+    assert ("No win rate here is a claim about people" in sentence) == ("beyond chance" not in sentence)

@@ -18,6 +18,8 @@ from suasion.grading.build import build_grader, measure
 from suasion.grading.canaries import failing, require_canaries
 from suasion.grading.pairs import read_sampled_pairs
 from suasion.grading.stage import Served, canary_count, measured_line, training_of
+from suasion.labeling.agreement import Labelled, compare
+from suasion.labeling.stage import chose_first
 from suasion.models import compute, load_tokenizer
 from suasion.progress import console
 from suasion.records import Example, Response, Verdict, read_json, read_rows, write_json, write_rows
@@ -140,9 +142,11 @@ def arm_facts(trained: dict[str, Any], own: dict[str, Response], sft: dict[str, 
 
 
 def judge_agreement(stage: StageContext, grader: Any) -> list[dict[str, Any]]:
-    """How often each label source agrees with the evaluation grader on the same pairs; ties on either side are left out.
+    """How often each label source agrees with the evaluation grader on the same pairs, with 95% intervals by prompt.
 
-    The arm whose labels resemble the judge's has an advantage: the report shows these numbers beside the result.
+    agree leaves ties on either side out; balanced: agreement where people took the first and where they took the second position,
+    averaged. people: the labels are real people's. The arm whose labels resemble the judge's has an advantage, and a win rate is a claim
+    about people only where they agree with the judge beyond chance: the report shows these numbers beside the result.
     """
     pairs = read_sampled_pairs(
         stage.input("sample", "pairs.jsonl"),
@@ -152,6 +156,7 @@ def judge_agreement(stage: StageContext, grader: Any) -> list[dict[str, Any]]:
     judged = {
         pair.pair.id: one.label for pair, one in zip(pairs, grader.grade([pair.comparison() for pair in pairs]), strict=True)
     }
+    prompt_of = {pair.pair.id: pair.prompt.id for pair in pairs}
     rows = []
     for item, path in sorted(stage.inputs.items(), key=lambda entry: entry[0].stage):
         if item.file != "verdicts.jsonl":
@@ -164,6 +169,12 @@ def judge_agreement(stage: StageContext, grader: Any) -> list[dict[str, Any]]:
             decisive = [(ours, theirs) for ours, theirs in both if ours in ("a", "b") and theirs in ("a", "b")]
             agree = sum(ours == theirs for ours, theirs in decisive) / len(decisive) if decisive else None
             on = "this run's pairs"
+            labels = [
+                Labelled(prompt_of[v.pair_id], v.label, judged[v.pair_id], chose_first(v))
+                for v in verdicts
+                if v.pair_id in judged and v.label != "none" and judged[v.pair_id] != "none"
+            ]
+            compared = compare(labels, stage.recipe.seed)
             rows.append(
                 {
                     "a": source,
@@ -171,6 +182,10 @@ def judge_agreement(stage: StageContext, grader: Any) -> list[dict[str, Any]]:
                     "on": on,
                     "agree": agree,
                     "n": len(decisive),
+                    "low": None if compared["agreement"] is None else compared["agreement"]["low"],
+                    "high": None if compared["agreement"] is None else compared["agreement"]["high"],
+                    "balanced": compared["balanced_agreement"],
+                    "people": item.stage == "human-labels" and stage.recipe.human_labels.source.kind != "simulated",
                 }
             )
             if agree is not None:

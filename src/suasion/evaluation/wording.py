@@ -101,6 +101,7 @@ def caveats(summary: dict[str, Any], recipe: Recipe, controls: list[Control]) ->
         found.append(f"No person labelled anything: the human labels are simulated by a documented scorer{concerns}.")
     found.extend(_arm_caveats(facts, labels))
     found.append(_grader_caveat(facts))
+    found.append(_people_caveat(facts))
     found.append(_agreement_caveat(facts, recipe.human_labels.source.kind == "simulated"))
     if recipe.evaluate.allow_same_grader:
         found.append("The recipe lets the labelling grader judge the result: its own arms are favoured.")
@@ -246,6 +247,26 @@ def _grader_caveat(facts: dict[str, Any]) -> str:
         f"The evaluation grader picks the reply that people preferred in {percent(accuracy)} of its own test pairs; on model-written "
         "text, which it never saw, it may be worse. Every win rate is its opinion."
     )
+
+
+def _people_caveat(facts: dict[str, Any]) -> str:
+    """Whether a win rate may be read as a claim about people: only where they agree with the judge on model-written pairs beyond chance.
+
+    Position-balanced agreement where it is defined, because people favour positions; else the raw one.
+    """
+    rows = [row for row in facts.get("agreement") or [] if row.get("people") and row.get("agree") is not None]
+    if not rows:
+        return "No win rate here is a claim about people: the evaluation grader was not compared with people's labels on model-written pairs."
+    row = max(rows, key=lambda known: known["n"])
+    known = row.get("balanced") or {"value": row["agree"], "low": row.get("low"), "high": row.get("high")}
+    if known["low"] is None:
+        return "No win rate here is a claim about people: too few model-written pairs have people's labels."
+    numbers = f"{percent(known['value'])} ({interval(known['low'], known['high'])}) of {row['n']} model-written pairs"
+    if known["low"] > 0.5:
+        return f"On model-written pairs the evaluation grader agrees with people beyond chance: {numbers}."
+    if known["high"] < 0.5:
+        return f"No win rate here is a claim about people: the evaluation grader judges against them, agreeing on {numbers}."
+    return f"No win rate here is a claim about people: the evaluation grader agrees with them on {numbers}, which may be chance."
 
 
 def _agreement_caveat(facts: dict[str, Any], simulated: bool) -> str:

@@ -19,8 +19,7 @@ from collections.abc import Collection, Sequence
 from suasion.errors import UserError
 from suasion.grading.base import MIRROR, Comparison, Grader
 
-COMPARISONS = 64
-PAID_COMPARISONS = 20
+COMPARISONS = 24  # more would cost an embedding grader minutes
 THRESHOLDS = {"empty": 1.0, "identical": 1.0, "swapped": 1.0, "injected": 0.9, "padded": 0.9}
 
 CONSTANT = (

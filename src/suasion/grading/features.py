@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -80,7 +81,16 @@ NAMES = (
     "share_of_reply",
     "share_of_context",
     "jaccard",
+    "stop_shared",
+    "stop_share_of_reply",
+    "stop_share_of_context",
+    "stop_jaccard",
+    "all_share_of_reply",
+    "all_share_of_context",
+    "all_jaccard",
 )
+# The rest of Tan et al.'s interplay (their table 2): the same overlaps in stop words alone and in all words.
+INTERPLAY = frozenset(name for name in NAMES if name.startswith(("stop_", "all_")))
 
 
 def words(text: str) -> list[str]:
@@ -102,11 +112,13 @@ def first_words(text: str, count: int) -> str:
     return text if end is None or further is None else text[:end]
 
 
+@lru_cache(maxsize=2**17)
 def readable(context: str, reply: str) -> np.ndarray:
-    """[len(NAMES)] float64, finite for every text, the empty one too."""
+    """[len(NAMES)] float64, finite for every text, the empty one too. Computed once a process for each text; read-only."""
     said, own = words(context), words(reply)
     said_set, own_set = set(said), set(own)
     said_content, own_content = said_set - STOP_WORDS, own_set - STOP_WORDS
+    said_stop, own_stop = said_set & STOP_WORDS, own_set & STOP_WORDS
     shared = len(said_content & own_content)
     capitals = sum(1 for word in WORD.findall(reply) if len(word) > 3 and word.isupper())
 
@@ -133,8 +145,21 @@ def readable(context: str, reply: str) -> np.ndarray:
         "type_token_ratio": len(own_set) / len(own) if own else 0.0,
         "words_shared": math.log1p(len(said_set & own_set)),
         "content_shared": math.log1p(shared),
-        "share_of_reply": shared / len(own_content) if own_content else 0.0,
-        "share_of_context": shared / len(said_content) if said_content else 0.0,
-        "jaccard": shared / len(said_content | own_content) if said_content | own_content else 0.0,
+        "share_of_reply": _share(shared, len(own_content)),
+        "share_of_context": _share(shared, len(said_content)),
+        "jaccard": _share(shared, len(said_content | own_content)),
+        "stop_shared": math.log1p(len(said_stop & own_stop)),
+        "stop_share_of_reply": _share(len(said_stop & own_stop), len(own_stop)),
+        "stop_share_of_context": _share(len(said_stop & own_stop), len(said_stop)),
+        "stop_jaccard": _share(len(said_stop & own_stop), len(said_stop | own_stop)),
+        "all_share_of_reply": _share(len(said_set & own_set), len(own_set)),
+        "all_share_of_context": _share(len(said_set & own_set), len(said_set)),
+        "all_jaccard": _share(len(said_set & own_set), len(said_set | own_set)),
     }
-    return np.array([values[name] for name in NAMES], dtype=np.float64)
+    row = np.array([values[name] for name in NAMES], dtype=np.float64)
+    row.setflags(write=False)
+    return row
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

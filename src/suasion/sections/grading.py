@@ -35,6 +35,13 @@ class EmbeddingGrader(Section):
         description="Strength of the L2 penalty, on standardised features; about 100 for a few hundred training pairs.",
     )
     embedding_weight: float = Field(0.3, ge=0, description="Scale of the embedding block against the readable features.")
+    interplay: Literal["content", "all"] = Field(
+        "content",
+        description="Overlap of reply and context: in content words, or in stop words and all words too (Tan et al. 2016).",
+    )
+    tune: bool = Field(
+        False, description="Choose ridge and embedding_weight by cross-validation by group on the training pairs (16 settings)."
+    )
     residualise_length: bool = Field(
         True, description="Remove from every feature what log length predicts of it, so that length itself cannot win."
     )
