@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from suasion.errors import UserError
+from suasion.evaluation.stage import judge_agreement
 from suasion.grading import base, build, canaries, embedding, features, measure, pairs, stage
 from suasion.grading.base import BASELINES, COIN, FIRST_POSITION, LONGER_WINS, BradleyTerryGrader, Comparison, Judgement
 from suasion.grading.files import load_grader
@@ -572,3 +573,30 @@ def test_ai_labels_of_a_language_model_keep_both_orders_and_no_address(tmp_path,
     kept = "".join(file.read_text() for file in context.folder.iterdir())
     assert "127.0.0.1" not in kept
     assert "127.0.0.1" not in json.dumps(recipe_slice(settings, ("ai_labels", "evaluate")))
+
+
+def test_agreement_with_the_judge_has_intervals_and_tells_people_from_simulated_ones(tmp_path, capsys):
+    write_sampled(tmp_path)
+    (tmp_path / "human-labels").mkdir()
+    made = list(read_rows(tmp_path / "sample" / "pairs.jsonl", Pair))
+    said = [
+        Verdict(
+            pair_id=pair.id,
+            source="human",
+            order="ab",
+            label="none" if i == 0 else "tie" if i == 1 else "a" if i % 3 else "b",
+            p_a=None,
+        )
+        for i, pair in enumerate(made)
+    ]
+    write_rows(tmp_path / "human-labels" / "verdicts.jsonl", said)
+    files = [*AI_FILES[:4], ("human-labels", "verdicts.jsonl")]
+    for source, people in (({"kind": "simulated"}, False), ({"kind": "page"}, True)):
+        context = stage_context(tmp_path, "evaluate", make_recipe(human_labels={"source": source}), files)
+        (row,) = judge_agreement(context, FIRST_POSITION)
+        right = sum(verdict.label == "a" for verdict in said)
+        decisive = sum(verdict.label in "ab" for verdict in said)
+        assert (row["n"], row["people"]) == (decisive, people) == (18, people)
+        assert row["agree"] == pytest.approx(right / decisive)
+        assert row["low"] < row["agree"] < row["high"]
+        assert row["balanced"]["value"] == 0.5  # the judge takes the first position: with such people it agrees by chance alone
