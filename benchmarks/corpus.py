@@ -55,7 +55,7 @@ def main() -> int:
         "--install", action="store_true", help=f"make that environment and install {CONVOKIT} where it is missing"
     )
     parser.add_argument("--convokit-most", type=int, help="largest corpus given to ConvoKit, which holds all of it in memory")
-    parser.add_argument("--out", type=Path, help="also write all measurements to this JSON file")
+    parser.add_argument("--out", type=Path, help="also write all measurements to this JSON file, and the tables beside it (.md)")
     parser.add_argument("--child", nargs="+", metavar=("PART", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -78,9 +78,11 @@ def main() -> int:
         found["read"] = measure_readers(corpora, convokit_python(venv, options.install), options.convokit_most)
     if options.only in (None, "stages"):
         found["stages"] = measure_stages(corpora, cache)
+    text = "\n\n".join([found["machine"], *tables(found)])
     if options.out:
         options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(found["machine"], *tables(found), sep="\n\n")
+        options.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
     faults = [
         f"{size} utterances: the two sides give different rows" for size in found.get("read", {}) if differ(found["read"][size])
     ]

@@ -152,6 +152,7 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert "no ConvoKit" in done.stderr
     assert re.search(r"\| 1,200 \| ours \| \d+ \|", done.stdout)
+    assert (tmp_path / "x.md").read_text() == done.stdout
     measured = json.loads((tmp_path / "x.json").read_text())["read"]
     assert measured["1200"]["ours"]["rows"] > measured["600"]["ours"]["rows"] > 0
     assert measured["600"]["ours"]["imports_mb"] <= measured["600"]["ours"]["peak_mb"] < 300
