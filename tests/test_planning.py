@@ -131,6 +131,8 @@ def test_warnings(recipe: Recipe) -> None:
     sizes = {"sft": 32, "rlaif": 15, "rlhf": 12, "eval": 8, "judge_conversations": 24}
     found = planning.warnings(recipe, Plan("x", stages, RATES, disk_bytes=2, free_bytes=1, attainable=sizes))
     assert [line.split()[0] for line in found] == ["dpo-a", "pools.rlaif", "needs"]
+    nothing = Plan("x", [], RATES, disk_bytes=1, free_bytes=2, attainable=dict.fromkeys(sizes, 0))
+    assert planning.warnings(recipe, nothing) == [planning.NOTHING_FITS]
 
 
 @pytest.fixture

@@ -394,6 +394,21 @@ def test_any_corpus_is_split_without_overlap_in_any_order(
     assert len(kept) + sum(dropped.values()) == len(examples) + len(pairs)
 
 
+def test_only_what_lacks_rows_shrinks_where_that_suffices() -> None:
+    section = SECTION.model_copy(update={"rlaif": 5000})
+    sizes = attainable(COMPONENTS, section, 0)
+    assert 24 < sizes["rlaif"] < 5000
+    assert {name: size for name, size in sizes.items() if name not in ("rlaif", "sft")} == {
+        "rlhf": 12,
+        "eval": 10,
+        "judge_conversations": 8,
+    }
+    assert sizes["sft"] <= SECTION.sft
+    assert not split(COMPONENTS, section.model_copy(update=sizes), 0).lacking(section.model_copy(update=sizes))
+    everything = attainable(COMPONENTS, section.model_copy(update={"eval": 3000}), 0)  # evaluation, filled first, would take all
+    assert all(everything.values())
+
+
 def test_apportion() -> None:
     assert apportion(10, Counter(a=1, b=1, c=1)) == {"a": 4, "b": 3, "c": 3}
     assert apportion(3, Counter(a=90, b=10)) == {"a": 3, "b": 0}

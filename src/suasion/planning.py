@@ -24,6 +24,7 @@ from suasion.recipe import Recipe
 from suasion.sections.labeling import ImportedLabels
 
 FEW_STEPS = 20
+NOTHING_FITS = "this corpus cannot fill the pools, with smaller sizes neither: use a larger corpus, or widen corpus.reply_tokens."
 DECODE_TOKENS = 24
 ASSUMED_ACCURACY = 0.65  # of a judge; what a trained grader reaches is known once it is trained
 ASSUMED_TIES = 0.1
@@ -137,7 +138,9 @@ def warnings(recipe: Recipe, plan: Plan) -> list[str]:
         for item in plan.stages
         if (item.stage == "sft" or item.stage.startswith("dpo-")) and item.steps < FEW_STEPS
     ]
-    for pool, size in plan.attainable.items():
+    if not any(plan.attainable.values()):
+        found.append(NOTHING_FITS)
+    for pool, size in plan.attainable.items() if any(plan.attainable.values()) else ():
         if (asked := getattr(recipe.pools, pool)) != "rest" and asked > size:
             found.append(f"pools.{pool} asks for {asked}, this corpus fills {size} beside the other pools.")
     if plan.disk_bytes > plan.free_bytes:
@@ -319,7 +322,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     rates = plan.rates
     console.print(f"measured: {rates.prefill:.0f} tokens/s read, {rates.decode:.0f} written, {rates.train:.0f} trained")
     console.print(f"disk: {plan.disk_bytes / 1e6:.0f} MB of {plan.free_bytes / 1e9:.0f} GB free")
-    console.print("pools this corpus can fill: " + ", ".join(f"{name} {size}" for name, size in plan.attainable.items()))
+    sizes = ", ".join(f"{name} {size}" for name, size in plan.attainable.items()) if any(plan.attainable.values()) else "none"
+    console.print(f"pools this corpus can fill: {sizes}")
     console.print("smallest true win rate that this evaluation detects with 80% power:")
     for what, rate in plan.detectable:
         console.print(f"  {what}: {'none below 100%' if rate is None else f'{rate:.0%}'}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, TypeVar
@@ -216,30 +216,36 @@ def unused(
 
 
 def attainable(components: Sequence[Component], section: PoolsSection, seed: int) -> dict[str, int]:
-    """Sizes in the recipe's proportions that the corpus can fill, by the recipe's keys; the recipe's own sizes where they fit.
+    """Sizes that the corpus can fill, by the recipe's keys; the recipe's own sizes where they fit.
 
-    An SFT pool of 'rest' is given with the examples that then remain; smaller sizes are proposed so that these are at least as
-    many as the rlaif prompts. All zero where not even one row per pool can be had.
+    Where they do not, the pools that lack rows shrink in proportion and the others keep their sizes; if that does not suffice, all
+    shrink. An SFT pool of 'rest' is given with the examples that then remain, at least as many as the rlaif prompts. All zero where
+    not even one row per pool can be had.
     """
     wanted = {name: int(size) for name in SIZES if (size := getattr(section, name)) != "rest"}
 
-    def attempt(share: float) -> dict[str, int] | None:
-        sizes = {name: min(size, max(1, round(size * share))) for name, size in wanted.items()}
+    def attempt(share: float, shrinking: Collection[str]) -> dict[str, int] | None:
+        sizes = {name: min(size, max(1, round(size * share))) if name in shrinking else size for name, size in wanted.items()}
         scaled = section.model_copy(update=sizes)
         pools = split(components, scaled, seed)
-        starved = share < 1 and len(pools.sft) < sizes["rlaif"]
+        starved = "sft" not in wanted and share < 1 and len(pools.sft) < sizes["rlaif"]
         return None if starved or pools.lacking(scaled) else {**sizes, "sft": len(pools.sft)}
 
-    found = attempt(1.0)
-    low, high = 0.0, 1.0
-    for _ in range(0 if found else 10):
-        middle = (low + high) / 2
-        smaller = attempt(middle)
-        if smaller is None:
-            high = middle
-        else:
-            low, found = middle, smaller
-    return {name: found[name] if found else 0 for name in SIZES}
+    if found := attempt(1.0, ()):
+        return found
+    lacking = split(components, section, seed).lacking(section).keys() & wanted.keys()
+    for shrinking in (lacking, wanted.keys()):
+        low, high = 0.0, 1.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            smaller = attempt(middle, shrinking)
+            if smaller is None:
+                high = middle
+            else:
+                low, found = middle, smaller
+        if found:
+            return found
+    return dict.fromkeys(SIZES, 0)
 
 
 def _too_small(lacking: dict[str, tuple[int, int]], components: Sequence[Component], section: PoolsSection, seed: int) -> str:
@@ -250,7 +256,7 @@ def _too_small(lacking: dict[str, tuple[int, int]], components: Sequence[Compone
     text = f"the corpus ({conversations} conversations in {len(components)} unlinked groups) cannot fill the pools: {short}."
     sizes = attainable(components, section, seed)
     if not any(sizes.values()):
-        return text + " No sizes in these proportions fit: use a larger corpus, or widen corpus.reply_tokens."
+        return text + " No smaller sizes fit: use a larger corpus, or widen corpus.reply_tokens."
     kept = [name for name in SIZES if getattr(section, name) != "rest" and sizes[name] != getattr(section, name)]
     return text + " These sizes fit: " + " ".join(f"--set pools.{name}={sizes[name]}" for name in kept)
 
