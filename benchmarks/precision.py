@@ -3,10 +3,11 @@
     python benchmarks/precision.py --adapter runs/cmv-cpu/03-sft/adapter --responses runs/cmv-cpu/04-sample/responses.jsonl \\
         --prompts runs/cmv-cpu/02-pools/rlaif.jsonl
 
-Three ways to compute the same model, on the same sampled responses, all under bf16 autocast:
+Ways to compute the same model, on the same sampled responses, all under bf16 autocast:
 
     trained     fp32 base weights with the live adapter: what the optimiser saw
-    sampled     adapter merged in fp32, linear layers rounded to bf16 once: what stage `sample` decodes with
+    sampled     what stage `sample` decodes with: linear layers rounded to bf16 once, the newest adapter beside them
+    merged      adapter merged in fp32, the sum rounded once: what `dpo` takes as reference
     folded      adapter added to base weights that are bf16 already, in bf16: what design decision 4 forbids, for comparison
 
 KL(trained || other) a token is exact over the vocabulary. The bound is 1e-3 for `sampled`; the exit code is 1 where it is exceeded. fp32
@@ -31,7 +32,7 @@ def main() -> int:
     from peft import PeftModel
 
     from suasion.chat import Renderer
-    from suasion.models import Compute, load_base, load_tokenizer, round_for_decoding
+    from suasion.models import Compute, Lineage, load_base, load_to_sample, load_tokenizer, round_for_decoding
     from suasion.records import Prompt, Response, read_rows
     from suasion.sections.training import ModelSection
     from suasion.training.prefix import pack, reply_logits, sum_logprobs, token_kl
@@ -62,11 +63,12 @@ def main() -> int:
 
     live = adapted(load_base(section))
     trained, exact = logits_of(live, half), logits_of(live, full)
-    sampled = logits_of(round_for_decoding(live.merge_and_unload(), half), half)
+    merged = logits_of(round_for_decoding(live.merge_and_unload(), half), half)
+    sampled = logits_of(load_to_sample(Lineage(section, (options.adapter,)), half), half)
     # An adapter in bf16 on a base in bf16, merged there: every sum is rounded to eight bits of mantissa.
     folded = logits_of(adapted(load_base(section).to(torch.bfloat16)).to(torch.bfloat16).merge_and_unload(), half)
     found = {}
-    for name, others in (("sampled", sampled), ("folded", folded), ("fp32", exact)):
+    for name, others in (("sampled", sampled), ("merged", merged), ("folded", folded), ("fp32", exact)):
         kl = torch.cat([token_kl(a, b) for a, b in zip(trained, others, strict=True)])
         gaps = [
             abs(float(sum_logprobs(a, one)[0] - sum_logprobs(b, one)[0])) / len(one.targets)

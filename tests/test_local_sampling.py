@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
-from suasion.models import Compute, Lineage, load_merged, load_policy, round_for_decoding
+from suasion.models import Compute, Lineage, load_merged, load_policy, load_to_sample, round_for_decoding, save_adapter
 from suasion.sampling import local
 from suasion.sampling.cache import ReservedLayer, closing_moves, keep_rows, reserve
 from suasion.sampling.draws import Draw
@@ -106,25 +106,37 @@ def test_decoding_is_a_loop_of_whole_passes(model, dtype):
         assert drawn.logprob == pytest.approx(score, abs=LOGPROB_TOLERANCE[dtype] * len(drawn.tokens))
 
 
-def test_weights_rounded_once_compute_what_autocast_computes(tiny):
-    """Bit by bit, on a model with an adapter merged in: rounding once must not be another model than the one that DPO refers to."""
-    hardware = Compute("cpu", "bfloat16", 1)
-    lora = LoraSection(r=8, alpha=32, dropout=0.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
-    policy = load_policy(Lineage(tiny), lora, 0)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in policy.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0, 0.05)
-    merged = policy.merge_and_unload().eval()
-    rounded = round_for_decoding(copy.deepcopy(merged), hardware)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_what_samples_is_what_was_trained(adapters, dtype, tiny, tmp_path):
+    """Bit by bit in bf16, where the newest adapter stays beside weights that are rounded once; to rounding in fp32, where it is folded in."""
+    hardware = Compute("cpu", dtype, 1)
+    lora = LoraSection(r=8, alpha=32, dropout=0.1, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    lineage = Lineage(tiny)
+    for number in range(adapters):
+        policy = load_policy(lineage, lora, number)
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for name, weight in policy.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(0, 0.5)
+        save_adapter(policy, tmp_path / str(number), tiny)
+        lineage = lineage.extended(tmp_path / str(number))
+    policy.eval()
+    sampled = load_to_sample(lineage, hardware)
     ids = torch.tensor([draws(6)[-1].prompt])
     with torch.no_grad(), hardware.autocast():
-        wanted, got = merged(ids).logits, rounded(ids).logits
-    assert torch.equal(wanted, got)
-    assert rounded.lm_head.weight.dtype == torch.bfloat16
-    assert rounded.get_input_embeddings().weight.dtype == torch.float32
-    assert round_for_decoding(merged, CPU).lm_head.weight.dtype == torch.float32
+        trained, got = policy(ids).logits, sampled(ids).logits
+        with policy.disable_adapter():
+            start = policy(ids).logits
+    assert (trained - start).abs().max() > 0.05  # the adapter does something
+    if dtype == "bfloat16":
+        assert torch.equal(trained, got)
+        assert sampled.lm_head.weight.dtype == sampled.model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
+        assert sampled.get_input_embeddings().weight.dtype == torch.float32
+    else:
+        torch.testing.assert_close(trained, got, atol=1e-5, rtol=1e-4)
+        assert not any("lora" in name for name, _ in sampled.named_modules())
 
 
 @given(st.integers(1, 12).flatmap(lambda rows: st.tuples(st.just(rows), st.sets(st.integers(0, rows - 1), min_size=1))))

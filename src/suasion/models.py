@@ -171,7 +171,7 @@ def lineage_hash(base: str, adapters: Sequence[Path]) -> str:
 
 
 def load_merged(lineage: Lineage, device: str = "cpu") -> Any:
-    """The model with every adapter folded into its fp32 weights: what samples and what is a reference."""
+    """The model with every adapter folded into its fp32 weights: what is a reference, and what samples in fp32."""
     from peft import PeftModel
 
     model = load_base(lineage.base)
@@ -181,12 +181,33 @@ def load_merged(lineage: Lineage, device: str = "cpu") -> Any:
     return model.to(device).eval()
 
 
+def load_to_sample(lineage: Lineage, hardware: Compute) -> Any:
+    """The model as it decodes. In bf16 compute that is exactly the model that was trained: the newest adapter beside the weights, not in
+    them. Folded in and rounded it is another rounding of the same model, 1e-3 nats a token away (docs/LOG.md). In fp32 adapters are folded
+    in, which costs nothing while decoding.
+    """
+    from peft import PeftModel
+
+    if hardware.dtype != "bfloat16" or not lineage.adapters:
+        return round_for_decoding(load_merged(lineage, hardware.device), hardware)
+    *older, newest = lineage.adapters
+    _check_adapter(newest)
+    start = load_merged(Lineage(lineage.base, tuple(older)), hardware.device)
+    return as_it_samples(PeftModel.from_pretrained(start, str(newest), autocast_adapter_dtype=False), hardware)
+
+
+def as_it_samples(policy: Any, hardware: Compute) -> Any:
+    """A model with one adapter beside its weights (peft), made ready to decode; changed in place."""
+    model = policy.base_model.model if hardware.dtype == "bfloat16" else policy.merge_and_unload()
+    return round_for_decoding(model.to(hardware.device).eval(), hardware)
+
+
 def round_for_decoding(model: Any, hardware: Compute) -> Any:
     """The model with one bf16 copy of its linear layers where compute is bf16, unchanged elsewhere; changed in place.
 
-    Autocast rounds the same fp32 weights to bf16 at every token, which is most of the memory traffic of decoding. Adapters were merged in
-    fp32 and their sum with the base is rounded once, so the outputs are equal bit by bit to those before (tested): nothing is folded
-    into weights that are bf16 already. Embeddings and norms stay in fp32; a head that is tied to the embeddings gets a copy of its own.
+    Autocast rounds the same fp32 weights to bf16 at every token, which is most of the memory traffic of decoding. Here they are rounded once,
+    and the outputs are equal bit by bit to those before (tested): nothing is folded into weights that are bf16 already. Embeddings and norms
+    stay in fp32; a head that is tied to the embeddings gets a copy of its own.
     """
     if hardware.dtype == "bfloat16":
         for module in model.modules():

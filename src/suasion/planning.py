@@ -249,7 +249,7 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     """Time the recipe's model on this machine. Reading and training take most of the seconds; writing takes what it takes."""
     import torch
 
-    from suasion.models import Lineage, compute, load_policy, load_tokenizer, round_for_decoding
+    from suasion.models import Lineage, as_it_samples, compute, load_policy, load_tokenizer
     from suasion.sampling.draws import Draw
     from suasion.sampling.local import decode
     from suasion.training.prefix import pack, reply_logits, sum_logprobs
@@ -278,9 +278,8 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     prefill = tokens / _seconds_each(forward, seconds * 0.25)
     policy.train()
     train = tokens / _seconds_each(step, seconds * 0.35)
-    merged = policy.merge_and_unload().eval()
-    weight_bytes = sum(p.numel() * p.element_size() for p in merged.parameters())
-    model = round_for_decoding(merged, hardware)  # as sampling does
+    weight_bytes = sum(p.numel() * p.element_size() for p in policy.parameters())
+    model = as_it_samples(policy, hardware)
     batch = [Draw("plan", tuple(ids.tolist()), number) for number in range(recipe.sample.batch_size)]  # one prompt: read once
 
     def write(new_tokens: int) -> float:

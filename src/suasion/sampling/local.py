@@ -18,7 +18,7 @@ import torch
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, round_for_decoding
+from suasion.models import Compute
 from suasion.progress import console
 from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
 from suasion.sections.sampling import SampleSection
@@ -43,7 +43,7 @@ def plan_batches(draws: Sequence[Draw], batch_size: int) -> list[list[Draw]]:
 
 
 class LocalSampler:
-    """Draws responses of one model in this process; `load` gives the model, and is called only where something is left to do."""
+    """Draws responses of one model in this process; `load` gives the model as it samples, and is called only where something is left to do."""
 
     def __init__(self, load: Callable[[], Any], settings: SampleSection, renderer: Renderer, hardware: Compute, seed: int):
         self.load, self.settings, self.renderer, self.hardware, self.seed = load, settings, renderer, hardware, seed
@@ -62,13 +62,13 @@ class LocalSampler:
         """Batch after batch. Raises UserError where one response alone exceeds the memory."""
         for key, batch in work:
             if self.model is None:
-                self.model = round_for_decoding(self.load(), self.hardware)
+                self.model = self.load()
             deliver(key, self._within_memory(batch))
 
     def speak(self, draw: Draw, hear: Callable[[str], None]) -> Drawn:
         """One response, its text growing token by token."""
         if self.model is None:
-            self.model = round_for_decoding(self.load(), self.hardware)
+            self.model = self.load()
         tokens: list[int] = []
 
         def heard(_: int, token: int) -> None:

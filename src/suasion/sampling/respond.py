@@ -17,7 +17,7 @@ from typing import Any
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, load_merged
+from suasion.models import Compute, Lineage, load_merged, load_to_sample
 from suasion.progress import progress
 from suasion.records import Prompt, Response, content_id
 from suasion.sampling.draws import Draw, Drawn, Sampler
@@ -90,7 +90,7 @@ def sampler_for(
         from suasion.sampling.endpoint import EndpointSampler
 
         return EndpointSampler(settings.engine, settings, name, renderer, seed, lambda: load_merged(lineage, hardware.device))
-    return LocalSampler(lambda: load_merged(lineage, hardware.device), settings, renderer, hardware, seed)
+    return LocalSampler(lambda: load_to_sample(lineage, hardware), settings, renderer, hardware, seed)
 
 
 def respond(
