@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -27,7 +28,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-synthetic, corpus = script("synthetic"), script("corpus")
+synthetic, corpus, sampling = script("synthetic"), script("corpus"), script("sampling")
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,69 @@ def test_the_command(tmp_path: Path) -> None:
     measured = json.loads((tmp_path / "x.json").read_text())["read"]
     assert measured["1200"]["ours"]["rows"] > measured["600"]["ours"]["rows"] > 0
     assert measured["600"]["ours"]["imports_mb"] <= measured["600"]["ours"]["peak_mb"] < 300
+
+
+def sampling_options(folder: Path, **more: object) -> argparse.Namespace:
+    settings = {"prompts": 2, "context": 16, "new_tokens": 4, "batch_size": 4, "device": "cpu", "model": "tiny", "threads": 1}
+    return argparse.Namespace(**{**settings, "out": folder, "sides": ["ours"], "child": None, "corpus": folder, **more})
+
+
+def test_measurements_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    sampling.check_settings(sampling_options(tmp_path))
+    sampling.check_settings(sampling_options(tmp_path, sides=["one"]))  # another side of the same comparison
+    with pytest.raises(SystemExit, match="holds measurements with other settings"):
+        sampling.check_settings(sampling_options(tmp_path, new_tokens=5))
+
+
+def test_an_interrupted_side_goes_on_after_its_last_whole_batch(tmp_path: Path) -> None:
+    options, worked = sampling_options(tmp_path), []
+
+    def work(batch: int) -> list[tuple[int, int]]:
+        worked.append(batch)
+        return [(10, batch)]
+
+    sampling.run_batches(options, "ours", [1, 2, 3], work, 0)
+    path = tmp_path / "ours.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:20])
+    worked.clear()
+    sampling.run_batches(options, "ours", [1, 2, 3], work, 0)
+    assert worked == [0, 2, 3]  # warmed up, then what was missing
+    assert [row["rows"] for row in sampling.measured(options, "ours")] == [[[10, 1]], [[10, 2]], [[10, 3]]]
+    worked.clear()
+    sampling.run_batches(options, "ours", [1, 2, 3], work, 0)
+    assert worked == []
+
+
+def test_sides_are_compared_by_tokens_a_second(tmp_path: Path) -> None:
+    for side, seconds, tokens in (("ours", 2.0, 4), ("one", 6.0, 3)):
+        row = {"seconds": seconds, "cpu": 1.0, "peak_mb": 100.0, "rows": [[10, tokens], [10, 1]]}
+        (tmp_path / f"{side}.jsonl").write_text(json.dumps(row) + "\n")
+    table = sampling.tables(sampling_options(tmp_path))[1]
+    ours, one = (next(line for line in table.splitlines() if line.startswith(f"| {side} |")) for side in ("ours", "one"))
+    assert ours.split("|")[5:7] == [" 2.5 ", " 50% "]
+    assert one.split("|")[5] == " 0.7 "
+    assert one.split("|")[8] == " 3.75 "
+
+
+@pytest.mark.slow
+def test_the_sampling_benchmark_runs_whole_on_the_tiny_model(tmp_path: Path) -> None:
+    """Every side in a process of its own: half a minute on two idle cores."""
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "sampling.py"),
+        "--out",
+        str(tmp_path / "out"),
+        "--model",
+        "tiny",
+        "--prompts",
+        "4",
+    ]
+    command += ["--context", "24", "--new-tokens", "5", "--batch-size", "4", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for side in sampling.SIDES:
+        rows = [row for batch in sampling.measured(sampling_options(tmp_path / "out"), side) for row in batch["rows"]]
+        assert rows == [[24, 5]] * 8
+        assert f"| {side} |" in done.stdout
+    assert "of the limit is reached" in done.stdout

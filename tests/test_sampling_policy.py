@@ -107,6 +107,24 @@ def test_a_resumed_run_decides_the_same_from_its_journal(tiny, renderer, tmp_pat
         assert len(sampler.asked) == len(lines) - kept
 
 
+def test_a_resumed_run_of_the_local_engine_is_bit_equal(tiny, renderer, tmp_path):
+    """Killed after any batch, also in the middle of drawing again: the same rows, to the last digit of their log-probabilities."""
+    settings = SampleSection(max_new_tokens=6, batch_size=4, temperature=1.0, top_p=0.95, resample=1)
+
+    def run(path):
+        return respond.respond("sft", Lineage(tiny), prompts(5), 2, settings, tiny, renderer, CPU, 0, Journal(path), "sample")
+
+    first = run(tmp_path / "journal.jsonl")
+    assert first.drawn_again["cut-off"] >= 8  # six tokens are not enough for most
+    lines = (tmp_path / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) >= 5
+    for kept in range(len(lines)):
+        resumed = tmp_path / f"{kept}.jsonl"
+        resumed.write_bytes(b"".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])  # the batch under way is torn
+        assert run(resumed) == first
+        assert resumed.read_bytes() == (tmp_path / "journal.jsonl").read_bytes()
+
+
 def test_a_pair_is_never_made_of_equal_texts(tiny):
     rows = {
         ("p0", n): Response(

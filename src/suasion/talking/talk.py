@@ -126,7 +126,7 @@ class Talk:
 
                 try:
                     drawn = self._sampler(self.names[place]).speak(self._draw(prompt), listen)
-                except Stopped:
+                except (Stopped, KeyboardInterrupt):  # the page's button, or Ctrl-C in the terminal
                     this.replies[place] = Reply(heard, "stopped")
                     break
                 text = drawn.text.strip() if drawn.tokens is None else self.renderer.decode(drawn.tokens)

@@ -57,10 +57,7 @@ def answer(talk: Talk, message: str, console: Console) -> None:
             said[place] = text
             live.update(side_by_side(talk, said, {}, console.width))
 
-        try:
-            this = talk.say(message, hear)
-        except KeyboardInterrupt:
-            this = talk.rounds[-1]
+        this = talk.say(message, hear)
         replies = {place: reply.text for place, reply in this.replies.items()}
         live.update(
             side_by_side(talk, said | replies, {place: reply.finish for place, reply in this.replies.items()}, console.width)
