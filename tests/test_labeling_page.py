@@ -9,19 +9,18 @@ import threading
 import time
 from collections import Counter
 from html.parser import HTMLParser
-from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_run import BAD, GOOD, Server, make_run, sampled_pairs
+from test_benchmarks import script
 
 from suasion.labeling.guard import BODY_LIMIT, Attempts
-from suasion.labeling.store import Store
 from suasion.labeling.text import ALLOWED, to_html
 
+load = script("labeling").load
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=alert(1)> [click](javascript:alert(1)) ![pic](http://127.0.0.1:9/x.png)\n\n"
     "# A heading </article></main>\n\n<iframe src=//evil></iframe> <http://evil.example> {{ 7 * 7 }} `code <b>` \u202eabc"
@@ -244,72 +243,18 @@ def test_killed_in_the_middle_every_acknowledged_label_is_there(tmp_path):
         again.stop()
 
 
-def load(tmp_path: Path, sessions: int, seconds: int) -> tuple[int, int, np.ndarray]:
-    """(labels acknowledged, labels stored, milliseconds of each request) of `sessions` people at one label a second each."""
-    run = make_run(tmp_path, sampled_pairs(sessions * seconds + sessions), overlap=0)
-    running = Server(run)
-    store = Store(run / "labels.db")
-    links = []
-    for _ in range(sessions):
-        who = store.add_annotator("")
-        links.append(f"{running.url}/i/{store.new_token(who, 'invitation')}")
-    store.close()
-    took: list[float] = []
-    given: list[str] = []
-    failures: list[str] = []
-
-    def timed(call, *arguments, **fields) -> httpx.Response:
-        began = time.perf_counter()
-        reply = call(*arguments, **fields)
-        took.append(1000 * (time.perf_counter() - began))
-        if reply.status_code not in (200, 303):
-            failures.append(f"{reply.status_code} {reply.text[:80]}")
-        return reply
-
-    def work(number: int) -> None:
-        with client(running, timeout=30) as who:
-            page = timed(who.post, links[number], data={"agree": "yes"}).text
-            barrier.wait(60)  # a session that could not join breaks it for all, instead of keeping them waiting
-            took.clear()
-            start = time.monotonic() + number / sessions
-            for n in range(seconds):
-                time.sleep(max(0.0, start + n - time.monotonic()))
-                task = field(page, "task")
-                timed(who.post, "/answer", data=answer(page), follow_redirects=False)
-                given.append(task)
-                page = timed(who.get, "/task").text
-
-    barrier = threading.Barrier(sessions)
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(sessions)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        running.stop()
-    assert failures == []
-    store = Store(run / "labels.db")
-    stored = [event.body["task"] for event in store.events() if event.kind == "label"]
-    store.close()
-    assert sorted(stored) == sorted(given)
-    assert len(set(stored)) == len(stored)
-    return len(given), len(stored), np.array(took)
-
-
 def test_load_in_short(tmp_path):
-    given, stored, took = load(tmp_path, 20, 3)
-    assert given == stored == 60
-    assert np.percentile(took, 50) < 1000  # whatever else this machine does; the slow test measures
+    given, stored, _ = load(tmp_path, 20, 3)
+    assert len(given) == len(set(given)) == 60
+    assert sorted(stored) == sorted(given)
 
 
 @pytest.mark.slow
 def test_fifty_sessions_at_one_label_a_second_for_a_minute(tmp_path):
-    given, stored, took = load(tmp_path, 50, 60)
-    p50, p95, worst = np.percentile(took, [50, 95, 100])
-    print(f"\n{given} labels, {stored} stored; p50 {p50:.0f} ms, p95 {p95:.0f} ms, worst {worst:.0f} ms")
-    assert given == stored == 3000
-    assert p95 < 200
+    """No label is lost or doubled; how long requests take is for benchmarks/labeling.py."""
+    given, stored, _ = load(tmp_path, 50, 60)
+    assert len(given) == len(set(given)) == 3000
+    assert sorted(stored) == sorted(given)
 
 
 # Texts

@@ -288,6 +288,7 @@ def test_erasure_leaves_a_tombstone_and_no_byte(tmp_path):
     for _ in range(3):
         room.answer(gone, "skip", reason="unmistakable-reason-of-zebedee")
         room.answer(stays)
+    room.store.append("exclude", "", {"annotator": gone, "reason": "unmistakable-reason for excluding"})
     numbers = [event.n for event in room.store.events()]
     assert room.store.erase(gone) == 3
     state = room.desk.refresh()
@@ -300,6 +301,24 @@ def test_erasure_leaves_a_tombstone_and_no_byte(tmp_path):
         assert b"unmistakable-reason" not in content
     assert len(state.history[stays]) == 3
     assert room.store.add_annotator("new") == "annotator-3"
+
+
+def test_an_erasure_beside_a_reader_says_so_and_is_finished_later(tmp_path):
+    """SQLite cannot empty its log while another program reads from it: then bytes are left, and nobody may believe otherwise."""
+    room = Room(tmp_path)
+    gone = room.person("Zebedee Quill")
+    room.answer(gone, "skip", reason="unmistakable-reason-of-zebedee")
+    room.store._db.execute("pragma busy_timeout = 50")
+    reader = sqlite3.connect(room.path)
+    reader.execute("begin")
+    reader.execute("select count(*) from events").fetchone()
+    with pytest.raises(UserError, match="old bytes still stand"):
+        room.store.erase(gone)
+    assert [event.kind for event in room.store.events()] == ["erase"]
+    reader.close()
+    room.store.close()
+    Store(room.path).close()
+    assert not any(b"Zebedee" in file.read_bytes() or b"unmistakable" in file.read_bytes() for file in tmp_path.glob("labels.db*"))
 
 
 def test_tokens_are_stored_as_hashes(room):

@@ -31,7 +31,7 @@ from suasion.progress import duration
 from suasion.records import Turn
 
 SESSION_SECONDS = 60 * 60 * 24 * 90
-STATIC = {"page.css": "text/css", "page.js": "text/javascript"}
+STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 LABELS = {"a": "the first", "b": "the second", "tie": "a tie"}
 
 
@@ -294,7 +294,7 @@ class Site:
         return _see("/adjudicate")
 
     def static(self, name: str) -> Response:
-        """The style sheet and the script."""
+        """The style sheet, the script and the icon."""
         if name not in STATIC:
             raise HTTPException(404)
         return FileResponse(PAGES / name, media_type=STATIC[name], headers={"cache-control": "max-age=86400"})

@@ -81,6 +81,8 @@ class Store:
         if version not in (0, SCHEMA_VERSION):
             raise UserError(f"{path} was made by another version of suasion (format {version}); this one reads {SCHEMA_VERSION}.")
         path.chmod(0o600)
+        if self._meta("scrub", ""):  # an erasure was stopped between its commit and the end of its cleaning
+            self._scrub()
 
     def close(self) -> None:
         """Close the file; SQLite then folds its write-ahead log into it."""
@@ -224,18 +226,31 @@ class Store:
         with self.transaction():
             self._set_meta("erasing", annotator)
             gone = self._db.execute("delete from events where annotator = ?", (annotator,)).rowcount
+            about = "kind in ('exclude', 'include') and json_extract(body, '$.annotator') = ?"  # the reasons are about them too
+            self._db.execute(f"delete from events where {about}", (annotator,))
             self._db.execute("delete from meta where key = 'erasing'")
             self._db.execute("delete from tokens where annotator = ?", (annotator,))
             self._db.execute("delete from annotators where id = ?", (annotator,))
             self._set_meta("erasures", str(int(self._meta("erasures", "0")) + 1))
+            self._set_meta("scrub", annotator)
             self._db.execute(
                 "insert into events (at, kind, annotator, request, body) values (?, 'erase', '', ?, ?)",
                 (_now(), secrets.token_hex(16), canonical_json({"annotator": annotator, "events": gone})),
             )
+        self._scrub()
+        return gone
+
+    def _scrub(self) -> None:
+        """Rebuild the file and empty the write-ahead log. Raises UserError where a reader in another process holds the log."""
         with self._lock:
             self._db.execute("vacuum")
-            self._db.execute("pragma wal_checkpoint(truncate)")
-        return gone
+            busy = self._db.execute("pragma wal_checkpoint(truncate)").fetchone()[0]
+            if busy:
+                raise UserError(
+                    f"{self.path}: the labels are erased, but another program reads the file, so that old bytes still stand in its write-ahead "
+                    f"log. Close that program; the next suasion label command on this run cleans up."
+                )
+            self._db.execute("delete from meta where key = 'scrub'")
 
     def _meta(self, key: str, default: str) -> str:
         row = self._db.execute("select value from meta where key = ?", (key,)).fetchone()

@@ -47,6 +47,7 @@
     const responses = folds.slice(1);
     folds.forEach((part, i) => part.classList.toggle("folded", value && (i ? responses.some(long) : long(part))));
     $("unfold").hidden = !value;
+    form.classList.toggle("closed", value);
     for (const part of [$("choice"), $("clarity"), $("save")]) part.disabled = value;
   };
   setFolded(folded);
