@@ -67,7 +67,8 @@ def run_stage(stage: StageContext) -> StageResult:
         rows_in=len(ai) + len(human or []) + len(imported or []),
         rows_out=sum(arm["n"] for arm in arms.values()),
         dropped={f"{name}: {reason}": counts[reason] for name, counts in arms.items() for reason in REASONS if counts[reason]},
-        facts={"arms": arms, "left_out": left_out, "agreement": agreement},
+        facts={"arms": arms, "left_out": left_out, "agreement": agreement}
+        | ({"erased": erased} if (erased := stage.facts.get("human-labels", {}).get("erased")) else {}),
     )
 
 

@@ -105,6 +105,7 @@ def _snapshot(stage: StageContext, pairs: Sequence[SampledPair], settings: Label
         "both_bad": sum(label.both_bad for label in labels),
         "adjudicated": len(verdicts) - len(said),
         "excluded": sorted(state.excluded),
+        "imported_off_policy": len(state.imported),
         "erased": [{"event": event.n, "events": event.body["events"]} for event in state.erasures],
         **_facts(said),
     }

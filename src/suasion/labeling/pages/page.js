@@ -113,6 +113,9 @@
   const did = { saved: "Saved.", skipped: "Skipped.", undone: "Taken back. Answer it again.", nothing: "Nothing to undo.", incomplete: "Not saved: answer both questions." };
   history.replaceState(null, "", "/task");
   $("top").focus({ preventScroll: true });
-  setTimeout(() => say(did[status.dataset.did] ?? ""), 100); // a live region is read out when it changes after loading
-  setTimeout(() => { if (status.textContent === did[status.dataset.did]) say(""); }, 6000);
+  const done = did[status.dataset.did];
+  if (done) {
+    setTimeout(() => { if (!status.textContent) say(done); }, 100); // a live region is read out when it changes after loading
+    setTimeout(() => { if (status.textContent === done) say(""); }, 6000);
+  }
 })();
