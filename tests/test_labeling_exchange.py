@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 
 from suasion.cli import app
 from suasion.errors import UserError
+from suasion.evaluation.summary import ModelVerdict
 from suasion.labeling import exchange
 from suasion.labeling.events import HumanLabel
 from suasion.labeling.exchange.answers import Answer
 from suasion.labeling.exchange.trl import rest_file
 from suasion.labeling.server import open_desk
-from suasion.labeling.transfer import collect, take_in
-from suasion.records import Turn, read_json, read_json_lines
+from suasion.labeling.transfer import collect, take_in, verdicts
+from suasion.records import Example, Turn, Verdict, read_json, read_json_lines, read_rows, write_json, write_rows
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "persuasion-rl-labels" / "human_pool_labeled.jsonl"
 TEXT = st.text(max_size=40) | st.sampled_from(["=1+1", "'=1", "''", '\r\n,"x"', "[1]", "  ", "\x00", "-", "@a", "None", "\ufeff"])
@@ -294,3 +295,56 @@ def test_half_a_kto_pair_is_no_preference(run, tmp_path):
     file.write_text(lines[0] + "\n")
     with pytest.raises(UserError, match="the other response of this pair is missing"):
         exchange.read(file, "trl-kto")
+
+
+def test_people_compare_finished_models_blind_and_their_verdicts_are_evaluates(tmp_path):
+    """Each model beside sft on every sealed prompt; nobody sees names until the last label, and then the rows are evaluate's own."""
+    pairs = sampled_pairs(3)
+    run = make_run(tmp_path, pairs)
+    evaluated = run / "09-evaluate"
+    evaluated.mkdir()
+    models = {"base": "hash-base", "sft": "hash-sft", "rlhf": "hash-rlhf"}
+    write_rows(run / "02-pools" / "eval.jsonl", [
+        Example(id=f"e{n}", corpus=one.prompt.corpus, conversation_id=one.prompt.conversation_id, author="x", turns=one.prompt.turns, reply="r", outcome=1.0)
+        for n, one in enumerate(pairs)
+    ])  # fmt: skip
+    prompts = [example.prompt().id for example in read_rows(run / "02-pools" / "eval.jsonl", Example)]
+    write_rows(evaluated / "responses.jsonl", [
+        one.a.model_copy(update={"id": f"{name}{n}", "prompt_id": prompts[n], "lineage": lineage, "text": f"What {name[::-1]} says, {n}."})
+        for name, lineage in models.items() for n, one in enumerate(pairs)
+    ])  # fmt: skip
+    write_json(evaluated / "models.json", {"models": models})
+    write_json(evaluated / "manifest.json", {})
+    desk = open_desk(run, "evaluation")
+    assert desk.store.path.name == "labels-evaluation.db"
+    assert len({task.pair_id for task in desk.work.planned}) == 6
+    who = desk.store.add_annotator("")
+    desk.store.new_token(who, "session")
+    said = {}
+    while (shown := desk.next(who)) is not None:
+        if len(said) == 5:
+            with pytest.raises(UserError, match="still missing; until they are there nobody sees"):
+                verdicts(desk, run)
+        choice = "left" if "tfs" in shown.left else "right"  # sft always wins
+        desk.answer(who, shown.task.id, choice, 3, 5.0, shown.task.id)
+        said[shown.task.pair_id] = choice
+    desk.store.close()
+    file = tmp_path / "verdicts.jsonl"
+    label("export", str(run), "--format", "verdicts", "--purpose", "evaluation", "--out", str(file))
+    rows = list(read_rows(file, ModelVerdict))
+    assert {(row.first, row.second) for row in rows} == {("sft", "base"), ("sft", "rlhf")}
+    assert {row.prompt_id for row in rows} == set(prompts)
+    assert all(row.label == "a" for row in rows)
+    printed = label("status", str(run), "--purpose", "evaluation")
+    assert "rlhf against sft: 0.00" in printed
+
+
+def test_exported_verdicts_are_what_a_recipe_reads(run, tmp_path):
+    file = tmp_path / "verdicts.jsonl"
+    label("export", str(run), "--format", "verdicts", "--out", str(file))
+    said = [row.label for row in read_rows(file, Verdict)]
+    assert len(said) == 5
+    assert said.count("tie") == 2
+    assert said.count("none") == 1
+    done = CliRunner().invoke(app, ["label", "import", str(run), str(file), "--format", "verdicts"])
+    assert done.exit_code != 0

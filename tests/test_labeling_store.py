@@ -318,7 +318,9 @@ def test_an_erasure_beside_a_reader_says_so_and_is_finished_later(tmp_path):
     reader.close()
     room.store.close()
     Store(room.path).close()
-    assert not any(b"Zebedee" in file.read_bytes() or b"unmistakable" in file.read_bytes() for file in tmp_path.glob("labels.db*"))
+    assert not any(
+        b"Zebedee" in file.read_bytes() or b"unmistakable" in file.read_bytes() for file in tmp_path.glob("labels.db*")
+    )
 
 
 def test_tokens_are_stored_as_hashes(room):
