@@ -132,7 +132,9 @@ def test_outcomes_and_strategies_count_conversations_once() -> None:
     assert (known.labelled.count, known.labelled.of) == (1, 2)
     by_label = report.as_json()["strategy_conversations"]
     assert by_label == {"plea": [1, 1], "fact": [2, 1]}
-    assert report.kept == {"conversations with an example": 4, "conversations with an outcome pair": 1}
+    assert report.kept == {"conversations": 5, "conversations with an example": 4, "conversations with an outcome pair": 1}
+    report.end_conversation([], 0)
+    assert report.tally.dropped == {"conversation of which nothing is kept": 1}
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=30))
