@@ -10,9 +10,12 @@ import httpx2
 import pytest
 
 from suasion.chat import Renderer
+from suasion.grading.base import Comparison
+from suasion.grading.build import build_grader
 from suasion.models import BUNDLED, Compute, Lineage, base_folder, load_tokenizer
 from suasion.records import Prompt, Turn
 from suasion.sampling.respond import Journal, respond
+from suasion.sections.grading import LlmGrader
 from suasion.sections.sampling import EndpointEngine, SampleSection
 from suasion.sections.training import ModelSection
 
@@ -86,3 +89,17 @@ def test_a_real_server_says_what_the_local_engine_says(address, tmp_path):
     assert [row.finish for row in rows["served"].rows] == [row.finish for row in rows["local"].rows]
     assert rows["served"].checked["nats_a_token"] < 0.01
     assert rows["served"].checked["compared"] == "greedy texts"
+
+
+def test_a_language_model_judges_behind_a_real_server(address, tmp_path, monkeypatch):
+    """The bundled model is no judge; what counts is that the server takes the request and that its answer is read as what it is."""
+    name = str(base_folder(MODEL))  # before the cache moves: the model lies in it
+    monkeypatch.setenv("SUASION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    spec = LlmGrader(kind="llm", model=name, base_url=address, structured="none", max_tokens=16, repairs=0, concurrency=2)
+    grader = build_grader(spec, lambda _: [], 0, "real")
+    judged = grader.grade([Comparison("Homework is useless.", "It trains memory, studies say.", "No it is not.")])[0]
+    assert len(judged.orders) == 2
+    assert all(one.raw for one in judged.orders)  # the model said something in both orders
+    assert not any("declined" in one.reason or "no answer" in one.reason for one in judged.orders)
+    assert judged.label == "none" or judged.p_a is not None
