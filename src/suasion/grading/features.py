@@ -15,9 +15,9 @@ from itertools import islice
 import numpy as np
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_NUMBER = re.compile(r"(?<![^\W\d_])\d[\d.,]*")
+NUMBER = re.compile(r"(?<![^\W\d_])\d[\d.,]*")
 # Cleaned texts keep of an address its domain only (suasion.corpora.cmv).
-_LINK = re.compile(
+LINK = re.compile(
     r"\b(?:https?://|www\.)?\w[\w-]*(?:\.[\w-]+)*\.(?:com|org|net|edu|gov|info|io|uk|de|ca|au)\b(?:/\S*)?", re.IGNORECASE
 )
 _QUOTE = re.compile(r"^\s*(?:>|&gt;)|[\"“][^\"”]{8,}[\"”]", re.MULTILINE)
@@ -131,8 +131,8 @@ def readable(context: str, reply: str) -> np.ndarray:
         "questions": math.log1p(reply.count("?")),
         "exclamations": math.log1p(reply.count("!")),
         "quotes": math.log1p(len(_QUOTE.findall(reply))),
-        "links": math.log1p(len(_LINK.findall(reply))),
-        "numbers": math.log1p(len(_NUMBER.findall(reply))),
+        "links": math.log1p(len(LINK.findall(reply))),
+        "numbers": math.log1p(len(NUMBER.findall(reply))),
         "list_items": math.log1p(len(_LIST.findall(reply))),
         "examples": math.log1p(len(_EXAMPLE.findall(reply))),
         "hedges": occurrences(HEDGES),
