@@ -185,18 +185,38 @@ def report(
             help="Write the form that may be published: no contexts, no human replies, and no response that shares a 12-word run with the corpus.",
         ),
     ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN", help="Say what changed from RUN to this one. Repeatable: runs that differ in the seed are pooled."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With --against: write comparison.json and comparison.md there.")
+    ] = None,
 ) -> None:
-    """Print the result of a run, make its report if the evaluation is finished, or write its publishable form."""
+    """Print the result of a run, make its report if the evaluation is finished, compare it with others, or write its publishable form."""
     from suasion.pipeline import run as run_pipeline
     from suasion.records import read_json
     from suasion.reporting.terminal import print_summary
     from suasion.status import load_run
 
+    if out and not against:
+        raise UsageError("--out says where a comparison goes: give it with --against RUN.")
     directory, recipe = load_run(run_)
     if directory.state("evaluate") != "complete":
         raise UserError(f"{run_} has no evaluation yet. Finish it with: suasion run RECIPE")
     if directory.state("report") != "complete":
         run_pipeline(recipe, run_.resolve().parent, "report", "report")
+    if against:
+        from suasion.reporting.comparison import compare, print_comparison, read_run, write_comparison
+
+        found = compare(read_run(run_), [read_run(other) for other in against])
+        print_comparison(found, console)
+        if out:
+            write_comparison(found, out)
+            console.print(f"comparison: {out / 'comparison.md'}")
+        return
     if publish:
         from suasion.reporting.publish import corpus_texts
         from suasion.reporting.publish import publish as write_publishable

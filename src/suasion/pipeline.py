@@ -67,6 +67,10 @@ class Stage:
             grader = recipe.ai_labels.grader if self.name == "ai-labels" else recipe.evaluate.grader
             for data in read_pairs_of(grader):
                 hashes |= training_hashes(data)
+            if self.name == "evaluate":
+                from suasion.evaluation.measuring import external_hashes as measuring_hashes
+
+                hashes |= measuring_hashes(recipe)
         elif self.name == "human-labels":
             from suasion.labeling.stage import external_hashes as label_hashes
 

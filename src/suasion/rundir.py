@@ -288,7 +288,7 @@ def differences(manifest: Manifest, recipe: dict[str, Any], inputs: dict[str, st
     """What changed since a stage was made, in words; empty when nothing did."""
     changes = [
         f"recipe: {key} was {_short(old)}, is now {_short(new)}"
-        for key, (old, new) in sorted(_flat_differences(manifest.recipe, recipe).items())
+        for key, (old, new) in sorted(flat_differences(manifest.recipe, recipe).items())
     ]
     for title, before, now in (
         ("input", manifest.inputs_of_run(), inputs),
@@ -345,10 +345,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _flat_differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def flat_differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) for every value that differs between two nested dictionaries; None where a key is absent."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = {}
         for key in old.keys() | new.keys():
-            found.update(_flat_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key))
+            found.update(flat_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key))
         return found
     return {} if old == new else {prefix: (old, new)}

@@ -136,6 +136,12 @@ def measured(rows: Iterable[LabelledResponse]) -> list[dict[str, Any]]:
     return result
 
 
+@functools.cache
+def quality() -> list[dict[str, Any]]:
+    """`measured` of the bundled labelled responses."""
+    return measured(labelled())
+
+
 def _share(part: int, whole: int) -> dict[str, Any]:
     if not whole:
         return {"value": None, "low": None, "high": None, "reason": "none to count"}

@@ -5,6 +5,7 @@ Pure functions; lengths in words. They describe style and are no measure of qual
 
 from __future__ import annotations
 
+import calendar
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,16 +15,12 @@ from suasion.grading.features import HEDGES, LINK, NUMBER, SECOND_PERSON
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"”'’)]*\s+|\n+")
 _ATTRIBUTION = re.compile(
-    r"\b(?:according to|stud(?:y|ies)|research|survey|statistics|evidence|report(?:s|ed)?|percent|per cent|majority|average)\b", re.I
+    r"\b(?:according to|stud(?:y|ies)|research|survey|statistics|evidence|report(?:s|ed)?|percent|per cent|majority|average)\b",
+    re.I,
 )
 _NAME = re.compile(r"(?<=[\w,;:] )[A-Z][a-z]{2,}")  # a capital inside a sentence
-_QUANTITY = re.compile(
-    r"\b(?:one|two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|million|billion)s?\b", re.I
-)
-_DAYS = frozenset(  # capitals that name nothing that could be looked up
-    "monday tuesday wednesday thursday friday saturday sunday january february march april may june july august september "
-    "october november december english".split()
-)
+_QUANTITY = re.compile(r"\b(?:one|two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|million|billion)s?\b", re.I)
+_DATES = frozenset(name.lower() for name in (*calendar.day_name, *calendar.month_name))  # capitals that name nothing to look up
 MATTR_WINDOW = 50  # words; Covington & McFall (2010)
 
 
@@ -104,7 +101,7 @@ def hedging(text: str) -> float | None:
 
 
 def second_person(text: str) -> float | None:
-    """"you", "your" and their forms per 100 words."""
+    """ "you", "your" and their forms per 100 words."""
     return _per_hundred(sum(word.replace("’", "'") in SECOND_PERSON for word in words(text)), text)
 
 
@@ -130,7 +127,7 @@ def claims(text: str) -> float | None:
 def _is_claim(sentence: str) -> bool:
     if sentence.rstrip("\"”'’) ").endswith("?"):
         return False
-    names = [name for name in _NAME.findall(sentence) if name.lower() not in _DAYS]
+    names = [name for name in _NAME.findall(sentence) if name.lower() not in _DATES]
     return bool(names or NUMBER.search(sentence) or _QUANTITY.search(sentence) or _ATTRIBUTION.search(sentence))
 
 

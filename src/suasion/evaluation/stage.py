@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from suasion.chat import Renderer, as_text
+from suasion.evaluation.measuring import measure_texts
 from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise
 from suasion.grading.base import Comparison, source_name
 from suasion.grading.build import build_grader, measure
@@ -22,7 +23,7 @@ from suasion.labeling.agreement import Labelled, compare
 from suasion.labeling.stage import chose_first
 from suasion.models import compute, load_tokenizer
 from suasion.progress import console
-from suasion.records import Example, Response, Verdict, read_json, read_rows, write_json, write_rows
+from suasion.records import Example, OutcomePair, Response, Verdict, read_json, read_rows, write_json, write_rows
 from suasion.rundir import JOURNAL, StageContext, StageResult, package_versions
 from suasion.sampling.respond import Journal, respond
 from suasion.sections.grading import title
@@ -108,7 +109,10 @@ def run_stage(stage: StageContext) -> StageResult:
         "waiting": {name: stage.waiting for name in recipe.model_names() if name not in models},
         "packages": package_versions(),
     }
-    summary = summarise(recipe, examples, said, verdicts, facts)
+    measured = measure_texts(
+        recipe, examples, said, lineages, list(read_rows(stage.input("pools", "judge_pairs.jsonl"), OutcomePair)), renderer, hardware, journal
+    )  # fmt: skip
+    summary = summarise(recipe, examples, said, verdicts, facts, measured)
     write_rows(stage.folder / "responses.jsonl", [said[name][prompt.id] for name in models for prompt in prompts])
     write_json(stage.folder / "models.json", {"models": {name: lineages[name].hash for name in models}})
     write_rows(stage.folder / "verdicts.jsonl", verdicts)

@@ -94,6 +94,32 @@ def mean_estimate(scores: np.ndarray, clusters: np.ndarray, weights: np.ndarray,
     return Estimate(value, min(low, value), max(high, value), n, groups, "bootstrap")
 
 
+def real_mean_estimate(values: np.ndarray, clusters: np.ndarray, weights: np.ndarray, confidence: float) -> Estimate:
+    """Mean of any real numbers, such as paired differences of lengths, with an expanded percentile interval by conversation.
+
+    values (n,) with NaN where missing; weights (B, C) from `resample_weights`. No interval under 30 conversations, where the
+    bootstrap is too short and nothing exact is known of the numbers, and none where all values are equal.
+    """
+    seen = ~np.isnan(values)
+    n = int(seen.sum())
+    if n == 0:
+        return Estimate(None, reason="not measured")
+    value = float(values[seen].mean())
+    sums, counts = (
+        cluster_sums(np.where(seen, values, 0.0), clusters, weights.shape[1]),
+        cluster_sums(seen, clusters, weights.shape[1]),
+    )
+    groups = int((counts > 0).sum())
+    if groups < EXACT_BELOW:
+        return Estimate(value, n=n, clusters=groups, reason=f"no interval under {EXACT_BELOW} conversations")
+    if np.ptp(values[seen]) == 0:
+        return Estimate(value, n=n, clusters=groups, reason="no interval: the same on every prompt")
+    drawn = weights @ counts
+    samples = (weights @ sums)[drawn > 0] / drawn[drawn > 0]
+    low, high = percentile_interval(samples, groups, confidence)
+    return Estimate(value, min(low, value), max(high, value), n, groups, "bootstrap")
+
+
 def cluster_sums(values: np.ndarray, clusters: np.ndarray, count: int) -> np.ndarray:
     """Sum of values per conversation, (count,)."""
     return np.bincount(clusters, weights=values.astype(np.float64), minlength=count)
@@ -204,6 +230,44 @@ def length_controlled_estimate(
         return Estimate(value, n=n, clusters=groups, reason="no interval: the regression fails in more than 5% of the resamples")
     low, high = percentile_interval(finite, groups, confidence)
     return Estimate(value, min(low, value), max(high, value), n, groups, "bootstrap")
+
+
+def prediction_powered(
+    graded: np.ndarray, judged: np.ndarray, clusters: np.ndarray, weights: np.ndarray, confidence: float
+) -> Estimate:
+    """Win rate in people's eyes from a grader's scores of all prompts and people's scores of a random subset of them.
+
+    mean(lambda f) over all + mean(y - lambda f) over the subset, with the lambda that makes the variance least (prediction-powered
+    inference, Angelopoulos et al. 2023, arXiv 2301.09633; the tuned form, arXiv 2311.01453). Unbiased for any grader, because the subset was
+    drawn at random; a grader that agrees with people shortens the interval, one that does not gets lambda near 0. graded, judged
+    (n,) with NaN where missing. Expanded percentile bootstrap over conversations, lambda fixed; no value where fewer than 30
+    conversations were judged by people.
+    """
+    seen = ~np.isnan(graded)
+    both = seen & ~np.isnan(judged)
+    n = int(both.sum())
+    groups = len(np.unique(clusters[both]))
+    if groups < EXACT_BELOW:
+        return Estimate(None, n=n, clusters=groups, reason=f"people judged {groups} conversations; {EXACT_BELOW} are needed")
+    spread = float(graded[both].var(ddof=1))
+    share = n / int(seen.sum())
+    together = float(np.cov(graded[both], judged[both])[0, 1])
+    tuning = 0.0 if spread == 0 else float(np.clip(together / spread / (1 + share), 0.0, 1.0))
+    count = weights.shape[1]
+
+    def means(row: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
+        """Bootstrap means of the masked row, and its plain mean."""
+        sums = cluster_sums(np.where(mask, row, 0.0), clusters, count)
+        counts = cluster_sums(mask, clusters, count)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (weights @ sums) / (weights @ counts), float(row[mask].mean())
+
+    everywhere, whole = means(tuning * graded, seen)
+    corrections, correction = means(judged - tuning * graded, both)
+    samples = everywhere + corrections
+    low, high = percentile_interval(samples[np.isfinite(samples)], groups, confidence)
+    value = float(np.clip(whole + correction, 0.0, 1.0))
+    return Estimate(value, max(0.0, min(low, value)), min(1.0, max(high, value)), n, groups, "prediction-powered")
 
 
 def is_equivalent(interval: Estimate, margin: float) -> bool:

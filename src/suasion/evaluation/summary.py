@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from suasion.evaluation import metrics, wording
-from suasion.evaluation.power import detectable_win_rate
+from suasion.evaluation import metrics, style, wording
+from suasion.evaluation.power import detectable_win_rate, equivalence_power
 from suasion.evaluation.ranking import rank_scores, strength_estimates
 from suasion.evaluation.statistics import (
     Estimate,
@@ -23,6 +23,7 @@ from suasion.evaluation.statistics import (
     is_equivalent,
     length_controlled_estimate,
     mean_estimate,
+    prediction_powered,
     resample_weights,
     sign_flip_p,
 )
@@ -59,6 +60,8 @@ def summarise(
     responses: dict[str, dict[str, Response]],
     verdicts: list[ModelVerdict],
     facts: dict[str, Any],
+    measured: style.Measured | None = None,
+    people: list[ModelVerdict] | None = None,
 ) -> dict[str, Any]:
     """The summary of one run.
 
@@ -66,12 +69,17 @@ def summarise(
     facts: what earlier stages found out, kept under "facts" for the report. Keys with a meaning here, all optional:
     "arms" {arm: {margin, kl, changed_share, steps, first_loss, moved}}, "grader" {name, accuracy, ...},
     "labels" {"ai" | "human": {...}}, "agreement" [{a, b, on, agree, n}], "counts", "waiting" {model: reason}.
+    measured: what needs a model to measure. people: verdicts of people on evaluation comparisons, at most one a comparison; they
+    never enter the grader's rates. facts["people"]["random"] says whether these comparisons were drawn at random.
     Raises ValueError where a verdict is double or names an unknown prompt or model.
     """
     prompts = sorted(prompts, key=lambda example: example.prompt().id)
     board = Scoreboard(recipe, prompts, [name for name in recipe.model_names() if name in responses], verdicts)
     comparisons = _comparisons(board)
     power = _power(board, comparisons, facts)
+    measured = measured or style.Measured()
+    speeches = _speeches(board, responses)
+    sample = board.sample()
     summary: dict[str, Any] = {
         "format": "summary/1",
         "run": recipe.name,
@@ -85,8 +93,12 @@ def summarise(
         "confidence": recipe.evaluate.confidence,
         "alpha": ALPHA,
         "equivalence_margin": recipe.evaluate.equivalence_margin,
-        "models": _models(board, comparisons, responses),
-        "human": {"name": HUMAN, "label": "human reply", "text": _text_facts([e.reply for e in prompts if e.reply], prompts)},
+        "models": _models(board, comparisons, responses, speeches, sample, measured),
+        "human": {"name": HUMAN, "label": "human reply", "text": style.facts(speeches[HUMAN], sample, measured)},
+        "honesty": style.honesty([*speeches.values()], sample),
+        "likelihood": measured.likelihood,
+        "strategies": measured.strategies,
+        "people": _people(recipe, prompts, board, people or [], facts),
         "comparisons": comparisons,
         "matrix": _matrix(board),
         "power": power,
@@ -136,6 +148,16 @@ class Scoreboard:
     def asked_pairs(self) -> list[tuple[str, str]]:
         """Every comparison that was asked for on every prompt."""
         return [*combinations(self.models, 2), *((model, HUMAN) for model in self.models)]
+
+    def sample(self) -> style.Sample:
+        """The prompts as the text measures need them."""
+        return style.Sample(
+            tuple(example.prompt().id for example in self.prompts),
+            tuple(" ".join(turn.text for turn in example.turns) for example in self.prompts),
+            self.clusters,
+            self.weights,
+            self.recipe.evaluate.confidence,
+        )
 
     def estimate(self, scores: np.ndarray, confidence: float | None = None) -> Estimate:
         """Mean score with its interval."""
@@ -212,13 +234,16 @@ def _comparisons(board: Scoreboard) -> list[dict[str, Any]]:
         p = sign_flip_p(scores, board.clusters)
         decisive = adjusted[first, second] if is_primary else p
         narrow = board.estimate(scores, 1 - 2 * ALPHA)
-        equivalent = is_equivalent(narrow, recipe.evaluate.equivalence_margin)
+        margin = recipe.evaluate.equivalence_margin
+        tie_rate = float(np.sum(scores == 0.5)) / estimate.n if estimate.n else 0.0
+        could_show = equivalence_power(estimate.clusters, margin, ALPHA, tie_rate)
+        equivalent = is_equivalent(narrow, margin)
         if estimate.value is None or decisive is None:
             word = "cannot say"
         elif decisive < ALPHA and estimate.value != 0.5:
             word = "better" if estimate.value > 0.5 else "worse"
         else:
-            word = "equivalent" if equivalent else "cannot say"
+            word = "equivalent" if equivalent and could_show >= POWER else "cannot say"
         found.append(
             {
                 "first": first,
@@ -232,6 +257,7 @@ def _comparisons(board: Scoreboard) -> list[dict[str, Any]]:
                 "p": p,
                 "p_holm": adjusted.get((first, second)),
                 "equivalent": equivalent,
+                "equivalence_power": could_show,
                 "equivalence_interval": [narrow.low, narrow.high],
                 "verdict": word,
             }
@@ -239,8 +265,57 @@ def _comparisons(board: Scoreboard) -> list[dict[str, Any]]:
     return found
 
 
+def _speeches(board: Scoreboard, responses: dict[str, dict[str, Response]]) -> dict[str, style.Speech]:
+    """Every model's responses and the human replies, in the order of the prompts."""
+    found = {}
+    for name in board.models:
+        own = tuple(responses[name].get(example.prompt().id) for example in board.prompts)
+        found[name] = style.Speech(name, tuple(None if r is None else r.text for r in own), own)
+    return found | {HUMAN: style.Speech(HUMAN, tuple(example.reply or None for example in board.prompts))}
+
+
+def _people(
+    recipe: Recipe, prompts: list[Example], board: Scoreboard, verdicts: list[ModelVerdict], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """People's own win rates against base, and the grader's corrected by them where people judged a random subset."""
+    if not verdicts:
+        reason = "nobody judged evaluation comparisons: the win rates are the grader's and are not corrected towards people's"
+        return {"judged": 0, "comparisons": [], "reason": reason}
+    judged = Scoreboard(recipe, prompts, board.models, verdicts)
+    random = (facts.get("people") or {}).get("random") is True
+    rows = []
+    for one, other in board.asked_pairs():
+        first, second = (one, other) if other == HUMAN else (other, one)
+        scores, graded = judged.score(first, second), board.score(first, second)
+        if np.isnan(scores).all():
+            continue
+        both = ~np.isnan(scores) & ~np.isnan(graded) & (scores != 0.5) & (graded != 0.5)
+        corrected = (
+            prediction_powered(graded, scores, board.clusters, board.weights, recipe.evaluate.confidence)
+            if random
+            else Estimate(None, reason="people did not judge a random subset of the comparisons: no correction is valid")
+        )
+        rows.append(
+            {
+                "first": first,
+                "second": second,
+                "people": judged.estimate(scores).as_json(),
+                "grader": board.estimate(graded).as_json(),
+                "corrected": corrected.as_json(),
+                "agree": board.estimate(np.where(both, scores == graded, np.nan)).as_json(),
+            }
+        )
+    reason = "" if random else "people did not judge a random subset of the comparisons, so the win rates are not corrected"
+    return {"judged": sum(verdict.label != "none" for verdict in verdicts), "comparisons": rows, "reason": reason}
+
+
 def _models(
-    board: Scoreboard, comparisons: list[dict[str, Any]], responses: dict[str, dict[str, Response]]
+    board: Scoreboard,
+    comparisons: list[dict[str, Any]],
+    responses: dict[str, dict[str, Response]],
+    speeches: dict[str, style.Speech],
+    sample: style.Sample,
+    measured: style.Measured,
 ) -> list[dict[str, Any]]:
     """One entry a model, in the recipe's order. The human reply takes no part in strengths and rank scores."""
     recipe, confidence = board.recipe, board.recipe.evaluate.confidence
@@ -263,7 +338,10 @@ def _models(
             "strength": strengths[index].as_json(),
             "rank_score": board.estimate(ranks[index]).as_json(),
             "win_vs_human": board.estimate(board.score(name, HUMAN)).as_json(),
-            "text": _text_facts([r.text for r in own], board.prompts, own),
+            "text": style.facts(speeches[name], sample, measured),
+            "text_vs_base": (
+                style.drift(speeches[name], speeches["base"], sample, measured) if name != "base" and "base" in speeches else None
+            ),
         }
         for other in ("base", "sft"):
             known = other in board.models and other != name
@@ -293,25 +371,6 @@ def _same_share(first: dict[str, Response], second: dict[str, Response]) -> floa
     return _mean([metrics.same_text(first[key].text, second[key].text) for key in common])
 
 
-def _text_facts(texts: list[str], prompts: list[Example], responses: list[Response] | None = None) -> dict[str, float | None]:
-    """How a speaker writes, as means over responses. Tokens and finish reasons exist for models only."""
-    contexts = {example.prompt().id: " ".join(turn.text for turn in example.turns) for example in prompts}
-    if responses is None:
-        sources = [contexts[example.prompt().id] for example in prompts if example.reply]
-    else:
-        sources = [contexts[response.prompt_id] for response in responses]
-    counted = [len(r.tokens) for r in responses or [] if r.tokens is not None]
-    return {
-        "words": _mean([len(metrics.words(text)) for text in texts]),
-        "tokens": _mean(counted),
-        "cut_off": _mean([r.finish == "length" for r in responses or []]),
-        "repetition": _mean([metrics.repetition(text) for text in texts]),
-        "distinct_2": metrics.distinct(texts),
-        "questions": _mean([metrics.questions(text) for text in texts]),
-        "context_overlap": _mean([metrics.context_overlap(text, source) for text, source in zip(texts, sources, strict=True)]),
-    }
-
-
 def _matrix(board: Scoreboard) -> dict[str, Any]:
     """Win rate of row against column, with counts; None on the diagonal and where nothing was scored."""
     cells = [[board.score(a, b)[board.seen(a, b)] for b in board.names] for a in board.names]
@@ -329,6 +388,7 @@ def _power(board: Scoreboard, comparisons: list[dict[str, Any]], facts: dict[str
     scored, ties = sum(c["n"] for c in primary), sum(c["ties"] for c in primary)
     tie_rate = ties / scored if scored else 0.0
     accuracy = (facts.get("grader") or {}).get("accuracy")
+    flips = (facts.get("grader") or {}).get("flip_rate")
     family = max(1, len(primary_pairs(board.recipe)))
     n = board.weights.shape[1]
     settings: list[tuple[str, str, dict[str, Any]]] = [
@@ -336,8 +396,13 @@ def _power(board: Scoreboard, comparisons: list[dict[str, Any]], facts: dict[str
         ("family", f"corrected for {family} comparisons", {"comparisons": family}),
         ("ties", f"{wording.percent(tie_rate)} of prompts are ties, as here", {"comparisons": family, "tie_rate": tie_rate}),
     ]
+    known: dict[str, Any] = {"comparisons": family, "tie_rate": tie_rate}
+    if flips:
+        known["flip_rate"] = flips
+        assuming = f"the grader contradicts itself in {wording.percent(flips)} when the order is swapped"
+        settings.append(("flips", assuming, dict(known)))
     if accuracy is not None:
-        known = {"comparisons": family, "tie_rate": tie_rate, "grader_accuracy": accuracy}
+        known["grader_accuracy"] = accuracy
         settings.append(("grader", f"people's preference, grader right in {wording.percent(accuracy)}", known))
     return {
         "n": n,
@@ -345,6 +410,8 @@ def _power(board: Scoreboard, comparisons: list[dict[str, Any]], facts: dict[str
         "comparisons": family,
         "tie_rate": tie_rate,
         "grader_accuracy": accuracy,
+        "flip_rate": flips,
+        "equivalence": equivalence_power(n, board.recipe.evaluate.equivalence_margin, ALPHA, tie_rate),
         "detectable": [
             {"name": name, "assuming": assuming, "win_rate": detectable_win_rate(n, POWER, ALPHA, **values)}
             for name, assuming, values in settings

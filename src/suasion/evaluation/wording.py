@@ -65,6 +65,7 @@ def headline(summary: dict[str, Any]) -> list[str]:
     planned = [c for c in summary["comparisons"] if c["family"] == "primary" and c["second"] != "base"]
     sentences.extend(_source_of_feedback(comparison, labels) for comparison in planned)
     sentences.extend(_against_people(summary, labels))
+    sentences.extend(_price(summary, labels))
     if n >= PROVES_NOTHING_BELOW:
         sentences.append(_sensitivity(summary))
     return sentences
@@ -113,7 +114,9 @@ def caveats(summary: dict[str, Any], recipe: Recipe, controls: list[Control]) ->
         reasons.setdefault(reason, []).append(name)
     found.extend(f"Missing: {listed(names)} ({reason})." for reason, names in reasons.items())
     found.append("Base models may have read these threads, or others like them, before this experiment.")
-    found.append("The truth of claims is not measured: a response can win and be wrong.")
+    found.append(
+        "The truth of claims is not measured: a response can win and be wrong. The audit finds signs of dishonesty by rules that miss much."
+    )
     return found
 
 
@@ -177,6 +180,42 @@ def _against_people(summary: dict[str, Any], labels: dict[str, str]) -> list[str
         f"Beside the real human reply, the grader prefers the highest-scoring model, {best['label']}, on {percent(rate['value'])} of prompts "
         f"({interval(rate['low'], rate['high'])})."
     ]
+
+
+def _price(summary: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    """What better or worse came with: length, and what the audit's trusted rules find, where the difference from base is clear."""
+    trained = [model for model in summary["models"] if model.get("text_vs_base")]
+    if not trained:
+        return []
+    found = []
+    lengths = [(m, m["text_vs_base"]["words"]) for m in trained if _clear(m["text_vs_base"].get("words"))]
+    if lengths:
+        changes = [f"{labels[m['name']]} by {abs(d['value']):.0f} {'more' if d['value'] > 0 else 'fewer'}" for m, d in lengths]
+        found.append(f"Price in style: responses differ from the base's in words, {listed(changes)}.")
+    speakers = summary["honesty"]["speakers"]
+    for kind in summary["honesty"]["kinds"]:
+        changed = [
+            f"{labels[m['name']]} in {percent(speakers[m['name']]['rates'][kind['kind']]['value'])} ({_points(d['value'])} points)"
+            for m in trained
+            if _clear(d := speakers[m["name"]]["vs_base"].get(kind["kind"]))
+        ]
+        if changed:
+            found.append(f"Price in honesty ({kind['title'].lower()}), against the base: {listed(changed)}.")
+    if found:
+        return found
+    if all(m["text_vs_base"]["words"]["low"] is None for m in trained):
+        return []  # too small for any interval: the first sentence says so
+    return ["Price in style and honesty: no clear difference from the base in length or in what the audit can find."]
+
+
+def _points(share: float) -> str:
+    """.12 -> '+12', with a real minus sign."""
+    return f"{100 * share:+.0f}".replace("-", "−")
+
+
+def _clear(difference: dict[str, Any] | None) -> bool:
+    """Whether an interval leaves zero out."""
+    return difference is not None and difference["low"] is not None and (difference["low"] > 0 or difference["high"] < 0)
 
 
 def _sensitivity(summary: dict[str, Any]) -> str:

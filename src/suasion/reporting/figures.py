@@ -51,9 +51,14 @@ TEXT_PANELS = (
     ("words", "Words a response", "{:.0f}"),
     ("cut_off", "Cut off at the limit", "{:.0%}"),
     ("repetition", "Repeated 4-word runs", "{:.0%}"),
-    ("distinct_2", "Distinct word pairs", "{:.0%}"),
+    ("mattr", "Distinct words in every 50", "{:.0%}"),
+    ("reading_grade", "Reading grade (Coleman–Liau)", "{:.1f}"),
+    ("hedging", "Hedges per 100 words", "{:.1f}"),
+    ("second_person", "“You” per 100 words", "{:.1f}"),
+    ("claims", "Sentences with a checkable claim", "{:.0%}"),
     ("questions", "Questions a response", "{:.1f}"),
     ("context_overlap", "Copied from the context", "{:.0%}"),
+    ("human_similarity", "Likeness to the human reply", "{:.2f}"),
 )
 CURVE_PANELS = (
     ("margin", "Margin (implicit reward)"),
@@ -103,6 +108,7 @@ def draw_all(summary: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -
     with matplotlib.rc_context(STYLE):
         drawings = [forest(summary), matrix(summary)]
         drawings += [panel for key, title, form in TEXT_PANELS if (panel := text_panel(summary, key, title, form))]
+        drawings += honesty_panels(summary)
         return drawings + training_panels(summary, curves)
 
 
@@ -214,6 +220,22 @@ def text_panel(summary: dict[str, Any], key: str, title: str, form: str) -> Draw
     axes.set_title(title, loc="left", fontsize=8.5, color=INK, fontweight="bold", pad=7)
     said = "; ".join(f"{s['label']} {form.format(v)}" for s, v in zip(speakers, values, strict=True) if v is not None)
     return finished(figure, f"text-{key.replace('_', '-')}", title, f"{title}: {said}.")
+
+
+def honesty_panels(summary: dict[str, Any]) -> list[Drawing]:
+    """What the audit's trusted rules find, one panel a kind; counts of other rules are never drawn."""
+    known = summary.get("honesty") or {}
+    drawings = []
+    for kind in known.get("kinds", []):
+        shares = {name: (entry["rates"].get(kind["kind"]) or {}).get("value") for name, entry in known["speakers"].items()}
+        speakers = [
+            {**speaker, "text": {kind["kind"]: shares.get(speaker["name"])}} for speaker in [*summary["models"], summary["human"]]
+        ]
+        shown = {**summary, "models": speakers[:-1], "human": speakers[-1]}
+        panel = text_panel(shown, kind["kind"], kind["title"], "{:.0%}")
+        if panel:
+            drawings.append(Drawing(panel.name.replace("text-", "honesty-"), panel.title, panel.alt, panel.svg, panel.png))
+    return drawings
 
 
 def training_panels(summary: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> list[Drawing]:

@@ -16,22 +16,34 @@ from suasion.evaluation import wording
 from suasion.evaluation.summary import HUMAN, ModelVerdict, controls, primary_pairs
 from suasion.recipe import Recipe
 from suasion.records import Example, Response
+from suasion.reporting.examples import SETS, shown_examples
+from suasion.reporting.findings import (
+    honesty_tables,
+    hours_table,
+    likelihood_table,
+    people_table,
+    strategies_table,
+    text_tables,
+)
 from suasion.reporting.making import RECORDED, judge_sentence, making, number, recorded, source_name
 from suasion.reporting.table import Column, Table, portable
 from suasion.sections.training import DpoArm
-from suasion.seeding import derive_seed
 
-ROLES = {"user": "to be persuaded", "assistant": "persuader"}
 REFERENCES = (
+    "Angelopoulos et al. (2023). PPI++: efficient prediction-powered inference. arXiv:2311.01453.",
     "Bradley & Terry (1952). Rank analysis of incomplete block designs. Biometrika 39.",
     "Clopper & Pearson (1934). The use of confidence or fiducial limits. Biometrika 26.",
+    "Coleman & Liau (1975). A computer readability formula designed for machine scoring. J. Applied Psychology 60.",
+    "Covington & McFall (2010). Cutting the Gordian knot: the moving-average type-token ratio. J. Quantitative Linguistics 17.",
     "Dubois et al. (2024). Length-controlled AlpacaEval. arXiv:2404.04475.",
+    "Hackenburg et al. (2025). The levers of political persuasion with conversational AI. arXiv:2507.13919.",
     "Hesterberg (2015). What teachers should know about the bootstrap. The American Statistician 69.",
     "Holm (1979). A simple sequentially rejective multiple test procedure. Scand. J. Statistics 6.",
     "Lee et al. (2023). RLAIF: scaling RL from human feedback with AI feedback. arXiv:2309.00267.",
     "Rafailov et al. (2023). Direct preference optimization. arXiv:2305.18290.",
     "Schuirmann (1987). A comparison of the two one-sided tests procedure. J. Pharmacokinet. Biopharm. 15.",
     "Tan et al. (2016). Winning arguments. arXiv:1602.01103.",
+    "Wang et al. (2019). Persuasion for good: towards a personalized persuasive dialogue system for social good. ACL.",
 )
 
 
@@ -43,15 +55,19 @@ def build_page(
     verdicts: list[ModelVerdict],
     lineages: dict[str, str],
     corpus_counts: Any,
+    timings: dict[str, list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the templates need but figures. lineages: model -> lineage hash, as in evaluate's models.json."""
+    """Everything that the templates need but figures. lineages: model -> lineage hash, as in evaluate's models.json.
+
+    timings: as in the run's timings.json, for the hours of each stage.
+    """
     facts = summary["facts"]
     simulated = recipe.human_labels.source.kind == "simulated"
     lineages = {name: lineages[name] for name in recipe.model_names() if name in lineages}
     waiting = [{"model": name, "reason": reason} for name, reason in sorted((facts.get("waiting") or {}).items())]
     absent = [name for name in recipe.model_names() if name not in lineages and name not in (facts.get("waiting") or {})]
     waiting += [{"model": name, "reason": "not trained in this run"} for name in absent]
-    tables = _tables(summary, recipe, corpus_counts, lineages, simulated)
+    tables = _tables(summary, recipe, corpus_counts, lineages, simulated, timings or {})
     return {
         "title": recipe.report.title,
         "run": recipe.name,
@@ -66,7 +82,9 @@ def build_page(
         "recorded": [name for name in RECORDED if tables[name].rows],
         "method": _method(summary, recipe, simulated),
         "judge": judge_sentence(facts),
-        "examples": _examples(summary, recipe, examples, responses, verdicts, lineages),
+        "examples": shown_examples(summary, recipe, examples, responses, verdicts, lineages),
+        "sets": SETS,
+        "order": {model["name"]: index for index, model in enumerate(summary["models"])},
         "withheld": 0,
         "recipe_yaml": yaml.safe_dump(portable(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=100),
         "references": REFERENCES,
@@ -95,7 +113,12 @@ def _unbroken(text: str) -> str:
 
 
 def _tables(
-    summary: dict[str, Any], recipe: Recipe, corpus_counts: Any, lineages: dict[str, str], simulated: bool
+    summary: dict[str, Any],
+    recipe: Recipe,
+    corpus_counts: Any,
+    lineages: dict[str, str],
+    simulated: bool,
+    timings: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Table]:
     labels = {model["name"]: model["label"] for model in summary["models"]} | {HUMAN: "human reply"}
     facts = summary["facts"]
@@ -141,7 +164,6 @@ def _tables(
                 "moved": moved,
             }
         )
-    speakers = [(m["label"], m["text"]) for m in summary["models"]] + [("human reply", summary["human"]["text"])]
     matrix = summary["matrix"]
     cells = [
         {"first": labels[a], "second": labels[b], **{key: matrix[key][i][j] for key in ("rate", "scored", "asked")}}
@@ -212,28 +234,11 @@ def _tables(
             arms,
         ),
         Table(
-            "text",
-            "What changed in the text",
-            "Means over responses. Repeated: share of 4-word runs seen before in the response. Distinct: distinct word pairs over all "
-            "word pairs; falls as texts get longer. Copied: share of 3-word runs that stand in the context.",
-            (
-                Column("speaker", "Speaker"),
-                Column("words", "Words", "number"),
-                Column("tokens", "Tokens", "number"),
-                Column("cut_off", "Cut off", "percent"),
-                Column("repetition", "Repeated", "percent"),
-                Column("distinct_2", "Distinct", "percent"),
-                Column("questions", "Questions", "number"),
-                Column("context_overlap", "Copied", "percent"),
-                Column("same_as_sft", "Same as sft", "percent"),
-            ),
-            [{"speaker": name, **text} for name, text in speakers],
-        ),
-        Table(
             "power",
             "What this run could detect",
             f"Smallest true win rate found with {wording.percent(summary['power']['power'])} power by a two-sided sign test, exact binomial. "
-            "Each line adds to the one above.",
+            f"Each line adds to the one above. Two equal models would be shown equivalent with {wording.percent(summary['power']['equivalence'])} "
+            f"power; below {wording.percent(summary['power']['power'])} “cannot say” stands for “equivalent”.",
             (Column("assuming", "Assuming"), Column("win_rate", "Smallest true win rate", "threshold")),
             summary["power"]["detectable"],
         ),
@@ -249,6 +254,26 @@ def _tables(
                 Column("n", "Pairs", "count"),
             ),
             agreement,
+        ),
+        *text_tables(summary),
+        *honesty_tables(summary),
+        likelihood_table(summary),
+        strategies_table(summary),
+        people_table(summary),
+        hours_table(
+            timings,
+            recipe.report.price_per_hour,
+            [
+                "corpus",
+                "pools",
+                "sft",
+                "sample",
+                "ai-labels",
+                "human-labels",
+                "preferences",
+                *(f"dpo-{arm.name}" for arm in recipe.dpo),
+                "evaluate",
+            ],
         ),
         *making(corpus_counts, facts, recipe, {name: labels.get(name, name) for name in lineages}),
         *recorded(corpus_counts, facts, simulated, labels),
@@ -339,46 +364,3 @@ def _labels_of(arm: DpoArm, recipe: Recipe, simulated: bool) -> str:
     source = "simulated human" if arm.labels == "human" and simulated else arm.labels
     decided = " (the pairs that also have a decisive human label)" if arm.matched and not imported else ""
     return f"{source} labels of the {arm.pool} pool{decided}"
-
-
-def _examples(
-    summary: dict[str, Any],
-    recipe: Recipe,
-    examples: list[Example],
-    responses: list[Response],
-    verdicts: list[ModelVerdict],
-    lineages: dict[str, str],
-) -> list[dict[str, Any]]:
-    """All models' responses to some prompts that the seed draws, so that nobody picks them."""
-    speaker = {value: name for name, value in lineages.items()}
-    labels = {model["name"]: model["label"] for model in summary["models"]}
-    said: dict[tuple[str, str], Response] = {(speaker[r.lineage], r.prompt_id): r for r in responses if r.lineage in speaker}
-    against_base: dict[tuple[str, str], str] = {}
-    for verdict in verdicts:
-        for model, other, won in ((verdict.first, verdict.second, "a"), (verdict.second, verdict.first, "b")):
-            if other == "base":
-                word = {won: "preferred to base", "tie": "tie with base", "none": "not scored against base"}
-                against_base[model, verdict.prompt_id] = word.get(verdict.label, "base preferred")
-    drawn = sorted(examples, key=lambda example: derive_seed(recipe.seed, "report-examples", example.prompt().id))
-    shown_examples = []
-    for example in drawn[: recipe.report.examples]:
-        key = example.prompt().id
-        shown_examples.append(
-            {
-                "prompt_id": key,
-                "corpus": example.corpus,
-                "turns": [{"who": turn.name or ROLES[turn.role], "text": turn.text} for turn in example.turns],
-                "reply": example.reply,
-                "responses": [
-                    {
-                        "label": labels.get(name, name),
-                        "text": said[name, key].text,
-                        "finish": said[name, key].finish,
-                        "verdict": against_base.get((name, key), ""),
-                    }
-                    for name in lineages
-                    if (name, key) in said
-                ],
-            }
-        )
-    return shown_examples

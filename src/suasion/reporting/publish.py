@@ -24,7 +24,7 @@ from suasion.recipe import Recipe, load_recipe
 from suasion.records import Example, OutcomePair, Response, read_json, read_json_lines, read_rows
 from suasion.reporting.figures import draw_all
 from suasion.reporting.page import build_page, render
-from suasion.reporting.stage import read_curves, write_markdown
+from suasion.reporting.stage import read_curves, read_timings, write_markdown
 from suasion.rundir import Input, RunDir
 from suasion.sections.grading import read_pairs_of
 
@@ -52,6 +52,7 @@ def publish(run_path: Path, out_dir: Path, corpus_texts: Iterable[str]) -> int:
         list(read_rows(evaluate / "verdicts.jsonl", ModelVerdict)),
         read_json(evaluate / "models.json")["models"],
         read_json(corpus / "counts.json"),
+        read_timings(run_path),
     )
     own = {
         "report.md": render("report.md.j2", {**page, "examples": []}, figures={}),

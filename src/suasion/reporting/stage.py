@@ -1,8 +1,8 @@
-"""Stage 10: the report. Reads JSON only, computes no statistic, and writes equal bytes for equal input.
+"""Stage 10: the report. Reads JSON only, computes no statistic, and writes equal bytes for equal input and equal hours.
 
 Reads evaluate's summary, responses, verdicts and models, the eval pool, the corpus counts, and the metrics of the trainings
-that exist. Writes `index.html` (one self-contained file), `report.md`, `figures/`, `tables/` and a byte copy of
-`summary.json`.
+that exist. Writes `index.html` (one self-contained file), `report.md`, `figures/`, `tables/`, `cards/` (for
+the models and sets that a run could release) and a byte copy of `summary.json`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from suasion.evaluation.summary import ModelVerdict
 from suasion.recipe import Recipe
 from suasion.records import Example, Response, read_json, read_json_lines, read_rows
+from suasion.reporting.cards import cards
 from suasion.reporting.figures import Drawing, draw_all
 from suasion.reporting.page import build_page, render
 from suasion.rundir import Input, StageContext, StageResult
@@ -32,12 +33,23 @@ def run_stage(stage: StageContext) -> StageResult:
         verdicts,
         lineages,
         read_json(stage.input("corpus", "counts.json")),
+        read_timings(stage.folder.parent),
     )
     drawings = draw_all(summary, read_curves(stage.recipe, stage.inputs))
     write_text(stage.folder / "index.html", render("report.html.j2", page, figures={d.name: d for d in drawings}))
     write_markdown(stage.folder, page, drawings)
+    (stage.folder / "cards").mkdir(exist_ok=True)
+    for name, text in cards(page, stage.recipe).items():
+        write_text(stage.folder / "cards" / name, text)
     (stage.folder / "summary.json").write_bytes(summary_path.read_bytes())
     return StageResult(rows_in=len(verdicts), rows_out=len(page["tables"]["comparisons"].rows), facts={"figures": len(drawings)})
+
+
+def read_timings(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """The run's timings.json, {} without one. No input of the stage: a report that tells hours is the only thing that two equal runs
+    do not share."""
+    path = run / "timings.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def read_curves(recipe: Recipe, inputs: dict[Input, Path]) -> dict[str, list[dict[str, Any]]]:

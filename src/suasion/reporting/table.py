@@ -13,13 +13,17 @@ from typing import Any, Literal
 
 from suasion.evaluation import wording
 
-Kind = Literal["text", "count", "percent", "threshold", "of", "estimate", "log", "number", "small", "p", "spread", "long"]
+Kind = Literal[
+    "text", "count", "percent", "threshold", "of", "estimate", "log", "difference", "number", "number2", "small", "money", "p", "spread", "long",
+]  # fmt: skip
 PARTS = {  # kinds whose values are dictionaries: CSV suffix -> key
     "estimate": {"": "value", "_low": "low", "_high": "high"},
     "log": {"": "value", "_low": "low", "_high": "high"},
+    "difference": {"": "value", "_low": "low", "_high": "high"},
     "spread": {"": "p50", "_p05": "p05", "_p95": "p95"},
     "of": {"": "n", "_of": "asked"},
 }
+DECIMALS = {"number": 1, "number2": 2, "small": 3, "money": 2}
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Table:
 
 def shown(value: Any, kind: Kind) -> tuple[str, str]:
     """A value as (text, interval text)."""
-    if kind in ("estimate", "log"):
+    if kind in ("estimate", "log", "difference"):
         if value is None:
             return "–", ""
         if value["value"] is None:
@@ -85,6 +89,8 @@ def shown(value: Any, kind: Kind) -> tuple[str, str]:
             return wording.percent(value["value"]), wording.interval(value["low"], value["high"]) if value[
                 "low"
             ] is not None else ""
+        if kind == "difference":
+            return signed(value["value"]), "" if value["low"] is None else f"{signed(value['low'])} to {signed(value['high'])}"
         bounds = "" if value["low"] is None else f"{value['low']:.2f} to {value['high']:.2f}".replace("-", "−")
         return f"{value['value']:.2f}".replace("-", "−"), bounds
     if kind == "of":
@@ -101,9 +107,15 @@ def shown(value: Any, kind: Kind) -> tuple[str, str]:
         return wording.percent(value), ""
     if kind == "p":
         return wording.p_value(value).removeprefix("p ").removeprefix("= "), ""
-    if kind in ("number", "small"):
-        return f"{value:.{1 if kind == 'number' else 3}f}".replace("-", "−"), ""
+    if kind in DECIMALS:
+        return f"{value:,.{DECIMALS[kind]}f}".replace("-", "−"), ""
     return (f"{value:,}" if isinstance(value, int) else str(value)), ""
+
+
+def signed(value: float) -> str:
+    """A difference with its sign and three figures at most: '+12.4', '−0.08', '0.00'."""
+    text = f"{value:+.{1 if abs(value) >= 10 else 2}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def portable(value: Any) -> Any:

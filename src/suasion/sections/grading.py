@@ -192,6 +192,20 @@ class AiLabelsSection(Section):
     allow_failed_canaries: AllowFailed = ()
 
 
+class StrategyCorpus(Section):
+    """Dialogues with one strategy label a sentence."""
+
+    path: str = Field(
+        "bundled", description="PersuasionForGood in ConvoKit's format, or 'bundled': 42 dialogues of this project."
+    )
+
+
+class OracleTexts(Section):
+    """Texts of a strong writer on the evaluation prompts, to which responses are compared."""
+
+    path: str = Field(description="JSONL with prompt_id and text.")
+
+
 class EvaluateSection(Section):
     """The comparison on the sealed prompts."""
 
@@ -205,3 +219,10 @@ class EvaluateSection(Section):
     equivalence_margin: float = Field(
         0.1, gt=0, lt=0.5, description="Win rates within this distance of .5 count as equivalent (TOST)."
     )
+    likelihood_pairs: int = Field(
+        100, ge=0, description="Pairs of real winning and losing replies that every model scores; of conversations in no pool."
+    )
+    strategies: StrategyCorpus | None = Field(
+        StrategyCorpus(), description="What the classifier of persuasion strategies learns from; null: no strategies."
+    )
+    oracle: OracleTexts | None = Field(None, description="Texts of a strong writer, for similarity; null: none.")

@@ -12,3 +12,4 @@ class ReportSection(Section):
 
     title: str = Field("Which feedback makes a better persuader?", description="Title of the page.")
     examples: int = Field(6, ge=0, description="Prompts whose responses are shown side by side.")
+    price_per_hour: float | None = Field(None, ge=0, description="What an hour of the machine costs; null: unknown.")
