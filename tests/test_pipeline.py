@@ -328,8 +328,13 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_summary(recipe, tmp_path
     assert (killed / "tiny/09-evaluate/summary.json").read_bytes() == (undisturbed / "tiny/09-evaluate/summary.json").read_bytes()
     assert verify_run(killed / "tiny")[0] == []
     for stage in stages(small):
-        one, other = (runs / "tiny" / stage.folder / MANIFEST for runs in (undisturbed, killed))
-        assert one.read_bytes() == other.read_bytes(), f"{stage.name} differs after kills"
+        one, other = (json.loads((runs / "tiny" / stage.folder / MANIFEST).read_text()) for runs in (undisturbed, killed))
+        if stage.name == "report":  # it tells hours: its page, its paper and that table differ, and nothing else
+            for manifest in (one, other):
+                for file in ("index.html", "report.md", "tables/hours.csv"):
+                    del manifest["outputs"][file]
+                del manifest["digest"]
+        assert one == other, f"{stage.name} differs after kills"
 
 
 def test_interrupt_says_what_to_do_and_exits_130(tmp_path, recipe):
