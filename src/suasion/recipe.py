@@ -193,7 +193,7 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
         if "grader" in holder:
             holder["grader"] = resolve_grader(holder["grader"], folder)
         for key in ("strategies", "oracle"):
-            _make_absolute(holder.get(key), folder)
+            make_absolute(holder.get(key), folder)
     corpus = data.get("corpus")
     sources = corpus.get("sources") if isinstance(corpus, dict) else None
     for source in sources if isinstance(sources, list) else []:
