@@ -109,10 +109,10 @@ def run_stage(stage: StageContext) -> StageResult:
         "waiting": {name: stage.waiting for name in recipe.model_names() if name not in models},
         "packages": package_versions(),
     }
-    measured = measure_texts(
+    texts_measured = measure_texts(
         recipe, examples, said, lineages, list(read_rows(stage.input("pools", "judge_pairs.jsonl"), OutcomePair)), renderer, hardware, journal
     )  # fmt: skip
-    summary = summarise(recipe, examples, said, verdicts, facts, measured)
+    summary = summarise(recipe, examples, said, verdicts, facts, texts_measured)
     write_rows(stage.folder / "responses.jsonl", [said[name][prompt.id] for name in models for prompt in prompts])
     write_json(stage.folder / "models.json", {"models": {name: lineages[name].hash for name in models}})
     write_rows(stage.folder / "verdicts.jsonl", verdicts)

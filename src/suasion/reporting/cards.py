@@ -120,7 +120,7 @@ def model_card(page: dict[str, Any], recipe: Recipe, model: dict[str, Any]) -> s
 def preferences_card(page: dict[str, Any], recipe: Recipe, arm: str, label: str) -> str:
     """The card of the preferences that one arm learned from. label: the arm as the report calls it."""
     summary = page["summary"]
-    known = next((row for row in page["tables"]["preferences"].rows if row["arm"] == label), {})
+    known: dict[str, Any] = next((row for row in page["tables"]["preferences"].rows if row["arm"] == label), {})
     spec = recipe.arm(arm)
     people = spec.labels == "human" and recipe.human_labels.source.kind != "simulated"
     count = known.get("kept")
@@ -225,7 +225,7 @@ def _training(page: dict[str, Any], recipe: Recipe, model: dict[str, Any]) -> st
     if model["name"] == "sft":
         return "It learned to write what people replied (supervised fine-tuning)."
     arm = recipe.arm(model["name"])
-    row = next((row for row in page["tables"]["arms"].rows if row["arm"] == model["label"]), {})
+    row: dict[str, Any] = next((row for row in page["tables"]["arms"].rows if row["arm"] == model["label"]), {})
     steps = f", {row['steps']} steps" if row.get("steps") is not None else ""
     return f"It learned preferences (DPO{steps}) from {row.get('labels', arm.labels)}, starting from `{arm.start}`."
 
@@ -248,6 +248,6 @@ def _checked(kind: type[ModelCard] | type[DatasetCard], data: Any, body: list[st
     """A card's text; metadata that do not survive the hub's own reader are a defect."""
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body).rstrip() + "\n"
     read = kind(text)
-    if read.data.to_dict() != data.to_dict():
+    if read.data.to_yaml() != data.to_yaml():
         raise ValueError("a card's metadata do not read back as they were written")
     return text

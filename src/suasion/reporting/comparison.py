@@ -47,7 +47,7 @@ def read_run(path: Path) -> FinishedRun:
 def compare(run: FinishedRun, others: Sequence[FinishedRun]) -> dict[str, Any]:
     """Everything that changed from each other run to this one, and the pooled numbers where only the seed differs."""
     runs = [*others, run]
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         {
             "runs": [other.name, run.name],
             "recipe": recipe_changes(other.recipe, run.recipe),
@@ -105,13 +105,13 @@ def number_changes(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str,
     for name in dict.fromkeys([*known[0], *known[1]]):
         a, b = (models.get(name) for models in known)
         was, now = (None if m is None else m["win_vs_base"] for m in (a, b))
-        values = [None if e is None else e["value"] for e in (was, now)]
+        before, after = (None if e is None else e["value"] for e in (was, now))
         rows.append(
             {
                 "model": name,
                 "was": was,
                 "is": now,
-                "change": None if None in values else values[1] - values[0],
+                "change": None if before is None or after is None else after - before,
                 "verdicts": [None if m is None else m["verdict_vs_base"] for m in (a, b)],
                 "words": [None if m is None else m["text"]["words"] for m in (a, b)],
             }

@@ -14,6 +14,7 @@ from suasion.seeding import derive_seed
 
 ROLES = {"user": "to be persuaded", "assistant": "persuader"}
 SETS = {"drawn": "drawn by the seed", "best": "best against base", "worst": "worst against base"}
+WON, LOST = "preferred to base", "base preferred"
 
 
 def shown_examples(
@@ -36,10 +37,10 @@ def shown_examples(
     chosen: dict[str, list[tuple[str, str]]] = {
         example.prompt().id: [("drawn", "drawn by the seed")] for example in drawn[: recipe.report.examples]
     }
-    for word, sign in (("best", -1), ("worst", 1)):
+    for word, sign, wanted in (("best", -1, WON), ("worst", 1, LOST)):
         for name in lineages:
-            scored = sorted((sign * p, prompt_id) for (model, prompt_id), (p, _) in chance.items() if model == name)
-            if scored and scored[0][0] < sign * 0.5:  # it won at all, or lost at all
+            scored = sorted((sign * p, key) for (model, key), (p, said) in chance.items() if model == name and said == wanted)
+            if scored:
                 chosen.setdefault(scored[0][1], []).append((word, f"{word} of {labels.get(name, name)}"))
     by_id = {example.prompt().id: example for example in examples}
     speaker = {value: name for name, value in lineages.items()}
@@ -78,12 +79,10 @@ def _against_base(verdicts: list[ModelVerdict]) -> dict[tuple[str, str], tuple[f
         for model, other, won in ((verdict.first, verdict.second, "a"), (verdict.second, verdict.first, "b")):
             if other != "base":
                 continue
-            word = {won: "preferred to base", "tie": "tie with base", "none": "not scored against base"}.get(
-                verdict.label, "base preferred"
-            )
+            word = {won: WON, "tie": "tie with base", "none": "not scored against base"}.get(verdict.label, LOST)
             if verdict.p_a is not None:
                 chance = verdict.p_a if won == "a" else 1 - verdict.p_a
             else:
-                chance = {"preferred to base": 1.0, "base preferred": 0.0}.get(word, 0.5)
+                chance = {WON: 1.0, LOST: 0.0}.get(word, 0.5)
             found[model, verdict.prompt_id] = (0.5 if verdict.label == "none" else chance, word)
     return {key: value for key, value in found.items() if key[0] != "human"}
