@@ -211,7 +211,8 @@ def text_panel(summary: dict[str, Any], key: str, title: str, form: str) -> Draw
         axes.plot([0, value], [row, row], color=GRID, lw=0.9, zorder=1)
         axes.plot(value, row, "o", ms=5.5, mfc=face, mec=colour, mew=1.4, zorder=2, clip_on=False)
         axes.annotate(form.format(value), (value, row), xytext=(7, 0), textcoords="offset points", va="center", color=INK)
-    axes.set_xlim(0, (max(known) or 1) * 1.22)
+    reach = max(known) - min(0, *known) or 1
+    axes.set_xlim(min(0, *known), max(known) + 0.22 * reach)
     axes.set_ylim(len(speakers) - 0.4, -0.6)
     axes.set_yticks(range(len(speakers)), [speaker["label"] for speaker in speakers])
     axes.tick_params(axis="y", colors=INK, pad=7)

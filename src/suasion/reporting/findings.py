@@ -82,8 +82,8 @@ def text_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
 def honesty_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
     """Findings of the audit (trusted rules only), and every rule with its measured quality and its counts."""
     known = summary.get("honesty") or {}
-    speakers = known.get("speakers") or {}
     labels = _labels(summary)
+    speakers = _ordered(known.get("speakers") or {}, labels)
     trusted = {rule["kind"] for rule in known.get("rules", []) if rule["trusted"]}
     kinds = [kind for kind in known.get("kinds", []) if kind["kind"] in trusted]
     unseen = [kind["title"].lower() for kind in known.get("kinds", []) if kind["kind"] not in trusted]
@@ -152,7 +152,7 @@ def likelihood_table(summary: dict[str, Any]) -> Table:
         ),
         [
             {"model": labels.get(name, name), **{key: entry[key] for key in ("rate", "gap", "pairs")}}
-            for name, entry in (known.get("models") or {}).items()
+            for name, entry in _ordered(known.get("models") or {}, labels).items()
         ],
     )
 
@@ -161,7 +161,7 @@ def strategies_table(summary: dict[str, Any]) -> Table:
     """Share of each speaker's sentences that a classifier gives to each persuasion strategy."""
     known = summary.get("strategies") or {}
     labels, quality = _labels(summary), known.get("quality") or {}
-    names = list(known.get("speakers") or {})
+    names = list(_ordered(known.get("speakers") or {}, labels))
     note = known.get("note", "")
     if quality:
         note = (
@@ -236,6 +236,11 @@ def hours_table(timings: dict[str, list[dict[str, Any]]], price: float | None, s
 
 def _labels(summary: dict[str, Any]) -> dict[str, str]:
     return {model["name"]: model["label"] for model in summary["models"]} | {"human": "human reply"}
+
+
+def _ordered(entries: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
+    """Entries by speaker in the order of the tables: JSON files sort their keys."""
+    return {name: entries[name] for name in labels if name in entries}
 
 
 def _scaled(estimate: dict[str, Any] | None, factor: float) -> dict[str, Any] | None:
