@@ -81,7 +81,7 @@ def assert_alike(one: list[dict[str, float]], other: list[dict[str, float]]) -> 
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
-        for key in a:
+        for key in a.keys() - {"epoch"}:  # the fraction of an epoch counts rows without loss
             assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-3), f"{key} at step {a['step']}"
 
 
