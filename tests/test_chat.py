@@ -95,6 +95,22 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn(rendere
     assert other.template_hash != renderer.template_hash
 
 
+def test_no_bos_is_added_and_none_is_needed(renderer):
+    """The template writes what opens a turn; a tokenizer that would add a bos of its own is not asked to, and one without works."""
+    from tokenizers.processors import TemplateProcessing
+
+    ids = renderer.render(TURNS, "Dogs listen.").ids
+    eager = copy.deepcopy(renderer.tokenizer)
+    eager._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", eager.bos_token_id)]
+    )
+    assert eager("x")["input_ids"][0] == eager.bos_token_id  # it adds one where it is let
+    assert Renderer(eager, renderer.system_prompt).render(TURNS, "Dogs listen.").ids == ids
+    without = copy.deepcopy(renderer.tokenizer)
+    without.bos_token = None
+    assert Renderer(without, renderer.system_prompt).render(TURNS, "Dogs listen.").ids == ids
+
+
 def test_the_stop_token_is_the_templates_even_when_eos_is_another(renderer):
     tokenizer = copy.deepcopy(renderer.tokenizer)
     tokenizer.eos_token = "<|endoftext|>"  # as in Qwen2.5: the turn ends with another token than eos

@@ -39,11 +39,13 @@ def recipe_file(tmp_path):
 def test_help_names_every_command_and_the_first_steps():
     done = suasion("--help")
     assert done.returncode == 0
-    for word in ("run", "plan", "status", "verify", "report", "fetch", "corpus", "label", "Start with"):
+    for word in ("run", "plan", "status", "verify", "report", "show", "export", "fetch", "corpus", "label", "Start with"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "status", "verify", "report", "fetch", "corpus stats", "label serve"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "status", "verify", "report", "show", "export", "fetch", "corpus stats", "label serve"]
+)
 def test_every_command_explains_itself(command):
     done = suasion(*command.split(), "--help")
     assert done.returncode == 0
@@ -61,6 +63,8 @@ def test_every_command_explains_itself(command):
         (["verify", "nowhere"], "is not a run directory"),
         (["corpus", "stats", "nowhere.yaml"], "no recipe at nowhere.yaml"),
         (["corpus", "stats", "docs"], "is not a run directory"),
+        (["show", "recipes/tiny.yaml"], "Missing option"),
+        (["export", "nowhere", "sft", "--to", "x"], "is not a run directory"),
         (["nonsense"], "No such command"),
     ],
 )

@@ -88,16 +88,16 @@ def test_more_processes_train_faster_and_need_gpus(full) -> None:
     assert gpu_memory(sharded, HALF_BILLION, 4)["sft"] < gpu_memory(several, HALF_BILLION, 4)["sft"]
 
 
-@given(gib=st.floats(4, 30), micro=st.sampled_from([1, 2, 8, 16, 64]), batch=st.integers(1, 2_000))
+@given(gib=st.floats(4, 30), micro=st.sampled_from([1, 2048, 8192, 65536]), batch=st.integers(1, 2_000))
 def test_advice_that_names_a_value_makes_it_fit(full, gib, micro, batch) -> None:
     machine = Machine(vcpus=4, host_gib=64, gpus=1, gpu=Gpu(name="X", tflops=70, gbps=600, gib=gib))
-    recipe = load_recipe(RECIPES / "persuasion-rl.yaml", (f"sft.micro_batch_size={micro}", f"sample.batch_size={batch}"))
+    recipe = load_recipe(RECIPES / "persuasion-rl.yaml", (f"sft.micro_batch_tokens={micro}", f"sample.batch_size={batch}"))
     problems = predict(recipe, sizes(), machine).problems
     settings = tuple(dict.fromkeys(word for problem in problems for word in problem.split() if "=" in word))
     assert len(settings) == len({setting.split("=")[0] for setting in settings})
     if all("=" in problem for problem in problems):
         better = load_recipe(
-            RECIPES / "persuasion-rl.yaml", (f"sft.micro_batch_size={micro}", f"sample.batch_size={batch}", *settings)
+            RECIPES / "persuasion-rl.yaml", (f"sft.micro_batch_tokens={micro}", f"sample.batch_size={batch}", *settings)
         )
         assert predict(better, sizes(), machine).problems == []
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from suasion.training.losses import preference_loss, zero_margin_loss
-from suasion.training.prefix import pack, reply_logits, sum_logprobs, token_kl
+from suasion.training.losses import effective_logprobs, preference_loss, soft_loss, zero_margin_loss
+from suasion.training.prefix import pack, reply_logits, sum_by_reply, sum_logprobs, token_kl, within
 
 ids = st.lists(st.integers(0, 49), min_size=1, max_size=9)
 groups = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=3)), min_size=1, max_size=3)
@@ -107,7 +108,7 @@ def test_kl_of_equal_distributions_is_zero_and_else_as_by_hand():
     assert token_kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), abs=1e-6)
 
 
-@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.0), ("ipo", 0.0), ("robust", 0.2)])
+@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.0), ("ipo", 0.0), ("robust", 0.2), ("length-normalised", 0.0)])
 def test_zero_margin_value(loss, smoothing):
     assert preference_loss(torch.zeros(3), loss, 0.1, smoothing).tolist() == pytest.approx(
         [zero_margin_loss(loss, 0.1)] * 3, rel=1e-6
@@ -125,3 +126,66 @@ def test_losses_by_hand():
     # A label flipped with probability e gives the clean loss in expectation: that is what "robust" means.
     both = 0.9 * preference_loss(margins, "robust", beta, 0.1) + 0.1 * preference_loss(-margins, "robust", beta, 0.1)
     assert both.item() == pytest.approx(sigmoid)
+
+
+def test_effective_logprobs_by_hand():
+    sums, heads, lengths = torch.tensor([[-12.0, -5.0]]), torch.tensor([[-7.0, -5.0]]), torch.tensor([[4.0, 2.0]])
+    assert effective_logprobs(sums, heads, lengths, "sigmoid").tolist() == [[-12.0, -5.0]]
+    assert effective_logprobs(sums, heads, lengths, "length-normalised").tolist() == [[-3.0, -2.5]]
+    assert effective_logprobs(sums, heads, lengths, "length-desensitised", 0.4).tolist() == [[pytest.approx(-9.0), -5.0]]
+    assert torch.equal(effective_logprobs(sums, heads, lengths, "length-desensitised", 1.0), sums)
+    assert torch.equal(effective_logprobs(sums, heads, lengths, "length-desensitised", 0.0), heads)
+
+
+def test_soft_labels_by_hand():
+    margins = torch.tensor([2.0, 2.0, 2.0], dtype=torch.float64)
+    right, wrong = (preference_loss(torch.tensor([h], dtype=torch.float64), "sigmoid", 0.5).item() for h in (2.0, -2.0))
+    soft = soft_loss(margins, torch.tensor([1.0, 0.7, 0.5], dtype=torch.float64), "sigmoid", 0.5)
+    assert soft.tolist() == pytest.approx([right, 0.7 * right + 0.3 * wrong, 0.5 * (right + wrong)])
+    # The soft loss is least where the model is as sure as the label: sigmoid(beta h) = p.
+    at = torch.linspace(-5, 8, 2001, dtype=torch.float64)
+    best = at[soft_loss(at, torch.full_like(at, 0.7), "sigmoid", 0.5).argmin()]
+    assert torch.sigmoid(0.5 * best).item() == pytest.approx(0.7, abs=2e-3)
+
+
+def test_heads_of_replies():
+    packed = pack([([1], [[1, 2, 3], [4, 5]]), ([2], [[6]])])
+    assert within(packed, torch.tensor([2, 2, 0])).tolist() == [True, True, False, True, True, False]
+    assert sum_by_reply(torch.arange(1.0, 7.0), packed).tolist() == [6.0, 9.0, 6.0]
+    assert packed.ends.tolist() == [3, 5, 7]
+    assert packed.input_ids[0, packed.ends].tolist() == [3, 5, 6]
+
+
+@settings(max_examples=30, deadline=None)
+@given(groups)
+def test_the_mask_lets_a_token_see_its_prompt_and_its_own_reply(parts):
+    """Against the definition, token by token; the block mask of FlexAttention says the same."""
+    packed = pack(parts)
+    owners = [
+        (group, branch)
+        for group, (prompt, replies) in enumerate(parts)
+        for branch, part in enumerate([prompt, *replies])
+        for _ in part
+    ]
+    expected = [
+        [q >= k and owners[q][0] == owners[k][0] and owners[k][1] in (0, owners[q][1]) for k in range(len(owners))]
+        for q in range(len(owners))
+    ]
+    assert packed.attention_mask[0, 0].tolist() == expected
+    blocks = packed.block_mask()
+    size = torch.arange(len(owners))
+    assert blocks.mask_mod(0, 0, size[:, None], size[None, :]).tolist() == expected
+
+
+def test_flex_attention_gives_the_same_logprobs():
+    """Forward only: torch has no backward of it off the GPU."""
+    parts = [([1, 2, 3, 4], [[5, 6, 7], [8, 9]]), ([10, 11], [[12], [13, 14, 15, 16]])]
+    model = LlamaForCausalLM(MODEL.config).eval()
+    packed = pack(parts)
+    with torch.no_grad():
+        plain = sum_logprobs(reply_logits(model, packed), packed)
+        model.set_attn_implementation("flex_attention")
+        assert isinstance(packed.mask_for(model), BlockMask)
+        flexible = sum_logprobs(reply_logits(model, packed), packed)
+    model.set_attn_implementation("sdpa")
+    assert (plain - flexible).abs().max() < 1e-4

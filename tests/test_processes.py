@@ -13,47 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 
 from suasion.errors import UsageError, UserError
 from suasion.pipeline import run
 from suasion.recipe import load_recipe
-from suasion.sections.training import SftSection
 from suasion.training import processes
-from suasion.training.loop import micro_batch
-from suasion.training.processes import RowOrder, fillers, launch_command
+from suasion.training.processes import launch_command
 from suasion.verify import verify_run
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STILL = ("sft.lora.dropout=0", *(f"dpo.{arm}.lora.dropout=0" for arm in ("rlaif", "rlhf", "rlaif-rlhf", "rlaif-matched")))
-UNEVEN = ("pools.sft=29", "sft.epochs=2", "sft.batch_size=8", "sft.micro_batch_size=2", "sft.checkpoints=3")  # 29 rows: 3 fill up
-
-
-@pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_the_order_is_that_of_one_process(epoch) -> None:
-    alone = SeedableRandomSampler(range(29), data_seed=77)
-    alone.set_epoch(epoch)
-    together = RowOrder(29, 3, 77)
-    together.epoch = epoch
-    assert list(together) == [*alone, 29, 30, 31]
-    assert together.epoch == epoch + 1
-
-
-def test_fillers_complete_the_last_micro_batches(monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert [fillers(rows, 2) for rows in (1, 8, 9, 29, 32)] == [7, 0, 7, 3, 0]
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert fillers(29, 2) == 0
-
-
-def test_micro_batches_shrink_to_what_a_step_has(monkeypatch) -> None:
-    section = SftSection(batch_size=16, micro_batch_size=8)
-    for count, expected in ((1, 8), (2, 8), (4, 4), (16, 1)):
-        monkeypatch.setenv("WORLD_SIZE", str(count))
-        assert micro_batch(section, "sft") == expected
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 processes cannot share the 16 rows of a step evenly"):
-        micro_batch(section, "sft")
+UNEVEN = (
+    "pools.sft=29",
+    "sft.epochs=2",
+    "sft.batch_size=8",
+    "sft.micro_batch_tokens=700",
+    "sft.checkpoints=3",
+)  # the last step has 5 rows
 
 
 def test_a_profile_needs_processes_and_processes_a_profile() -> None:
@@ -87,7 +63,7 @@ def assert_alike(one: list[dict[str, float]], other: list[dict[str, float]]) -> 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """SFT in one process, on rows that do not fill the last micro-batches."""
+    """SFT in one process, on rows that do not fill the last step."""
     directory, _ = run(load_recipe(TINY, (*STILL, *UNEVEN)), tmp_path_factory.mktemp("alone"), last="sft")
     return directory.path
 

@@ -119,9 +119,14 @@ def test_people_label_only_their_pool(data):
     assert "people label the rlhf pool only" in refused(data)
 
 
-def test_micro_batches_must_divide_the_batch(data):
-    data["sft"]["micro_batch_size"] = 3
-    assert "must divide" in refused(data)
+def test_settings_of_one_loss_are_refused_with_another(data):
+    data["dpo"][0]["length_alpha"] = 0.5
+    assert "length_alpha belongs to loss: length-desensitised" in refused(data)
+
+
+def test_soft_labels_and_smoothing_exclude_each_other(data):
+    data["dpo"][0].update(loss="robust", label_smoothing=0.1, soft_labels=True)
+    assert "choose one" in refused(data)
 
 
 def test_overrides_reach_sections_arms_and_lists():

@@ -90,3 +90,11 @@ def test_published_results_hold_no_corpus_text():
     assert len(ours) > 1000
     leaks = {(ours[run].relative_to(REPOSITORY), run) for _, text in corpus_texts() for run in word_runs(text) if run in ours}
     assert not leaks, f"{len(leaks)} runs of {RUN_WORDS} corpus words, the first in {sorted(leaks)[0][0]}"
+
+
+def test_every_test_that_the_table_of_pitfalls_names_exists():
+    table = (REPOSITORY / "docs" / "training.md").read_text().split("## Pitfalls")[1]
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", table)
+    assert {int(row) for row in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == set(range(1, 20))
+    for file, test in named:
+        assert f"def {test}(" in (REPOSITORY / "tests" / file).read_text(), f"{file}::{test}"

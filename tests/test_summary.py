@@ -207,7 +207,7 @@ def test_a_control_is_known_by_what_it_is_not_by_its_name():
     assert primary_pairs(swapped)[-1] == ("rlhf", "rlaif-matched")
     second = variant({"rlaif-matched": {"start": "rlaif"}})
     assert primary_pairs(second)[-1] == ("rlaif-matched", "rlaif-rlhf")
-    same = {"reference": "sft", "micro_batch_size": 2, "checkpoints": 1, "report_to": "none"}
+    same = {"reference": "sft", "micro_batch_tokens": 2, "checkpoints": 1, "report_to": "none"}
     assert primary_pairs(variant({"rlaif-matched": same}))[-1] == ("rlaif-matched", "rlhf")
 
 

@@ -5,28 +5,22 @@ import math
 import shutil
 
 import pytest
+import small_training
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_training import CPU, LORA, interrupt, nonzero_adapter, preference_pairs, run_dpo
 
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged, load_policy, save_adapter
 from suasion.records import Example, Preference, Response, Turn
 from suasion.sections.training import DpoArm, LoraSection, SftSection
-from suasion.training.dpo import (
-    DpoTrainer,
-    PairIds,
-    check_stored_logprobs,
-    kl_to_start,
-    longer_wins,
-    pair_ids,
-    reference_logprobs,
-    score,
-    with_reference,
-)
-from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint, optimiser_steps, train
-from suasion.training.sft import IGNORED, ReplyHeadTrainer, training_rows
-
-CPU = Compute("cpu", "float32", torch.get_num_threads())
-LORA = LoraSection(r=4, dropout=0.1)
+from suasion.training.dpo import kl_to_start, target, with_reference
+from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint, optimiser_steps
+from suasion.training.pairs import Logprobs, PairIds, baselines, pair_ids, score
+from suasion.training.reference import cache_file, check_stored_logprobs, reference_logprobs
+from suasion.training.sft import IGNORED, PackedSftTrainer, training_rows
+from suasion.training.steps import EpochOrder, plan_micro_batches
 
 
 def example(number: int, reply: str | None) -> Example:
@@ -34,76 +28,28 @@ def example(number: int, reply: str | None) -> Example:
     return Example(id=f"e{number}", corpus="c", conversation_id=f"c{number}", author="a", turns=turns, reply=reply, outcome=1.0)
 
 
-def preference_pairs(count: int = 7) -> list[PairIds]:
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(10, 900, (length,), generator=generator).tolist())
-
-    return [PairIds(f"p{i}", ids(5 + i), ids(3 + i % 4), ids(6 - i % 3), 1.0) for i in range(count)]
-
-
 @pytest.fixture(scope="module")
 def sft_adapter(tiny, tmp_path_factory):
     """A start model that differs from the base, so that 'the reference is the base' would be noticed."""
     folder = tmp_path_factory.mktemp("sft") / "adapter"
-    policy = load_policy(Lineage(tiny), LORA, 0)
-    torch.manual_seed(5)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    save_adapter(policy, folder, tiny)
-    return folder
+    return nonzero_adapter(tiny, folder)
 
 
-def run_dpo(lineage, folder, pairs, micro=1, epochs=3.0, loss="sigmoid", stop_at=None, checkpoints=0, batch=4):
-    arm = DpoArm(
-        name="t",
-        labels="ai",
-        pool="rlaif",
-        learning_rate=5e-3,
-        epochs=epochs,
-        batch_size=batch,
-        micro_batch_size=micro,
-        loss=loss,
-        checkpoints=checkpoints,
-        lora=LORA,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    policy = load_policy(lineage, arm.lora, 1)
-    reference = reference_logprobs(policy, pairs, CPU, folder / "reference.jsonl")
-    rows = [with_reference(pair, reference[pair.id], reference[pair.id], arm) for pair in pairs]
-    from transformers import TrainingArguments
-
-    trainer = DpoTrainer(
-        model=policy,
-        arm=arm,
-        hardware=CPU,
-        train_dataset=rows,
-        args=arguments(TrainingArguments, arm, folder, CPU, len(rows), 1, "dpo-t"),
-    )
-    if stop_at is not None:
-        trainer.add_callback(_Interrupt(stop_at))
-    return policy, rows, train(trainer, folder, "dpo-t", arm.batch_size, "pairs")
-
-
-from transformers import TrainerCallback  # noqa: E402
-
-
-class _Interrupt(TrainerCallback):
-    """Stands for a kill: leaves the training in the middle of a step's bookkeeping."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(("loss", "expected"), [("sigmoid", math.log(2)), ("ipo", 1 / (4 * 0.1**2)), ("robust", math.log(2))])
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("sigmoid", math.log(2)),
+        ("ipo", 1 / (4 * 0.1**2)),
+        ("robust", math.log(2)),
+        ("length-normalised", math.log(2)),
+        ("length-desensitised", math.log(2)),
+    ],
+)
 def test_the_first_loss_is_that_of_a_zero_margin(tiny, sft_adapter, tmp_path, loss, expected):
-    _, _, metrics = run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / loss, preference_pairs(), loss=loss)
+    alpha = 0.5 if loss == "length-desensitised" else 1.0
+    _, _, metrics = run_dpo(
+        Lineage(tiny, (sft_adapter,)), tmp_path / loss, preference_pairs(), loss=loss, length_alpha=alpha, micro_batch_tokens=1
+    )  # the reference's own layout, one pair a pass: equal to the last digits
     assert metrics[0]["loss"] == pytest.approx(expected, rel=1e-6)
     assert metrics[0]["margin"] == pytest.approx(0, abs=1e-6)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
@@ -113,14 +59,14 @@ def test_another_reference_stops_the_training_at_its_first_loss(tiny, sft_adapte
     """The policy starts from sft, the reference log-probs are the base's: ln 2 is expected, and not found."""
     pairs = preference_pairs(4)
     wrong = reference_logprobs(load_merged(Lineage(tiny)), pairs, CPU, tmp_path / "base.jsonl")
-    monkeypatch.setitem(globals(), "reference_logprobs", lambda *args: wrong)
+    monkeypatch.setattr(small_training, "reference_logprobs", lambda *args: wrong)
     with pytest.raises(UserError, match="nothing was trained"):
         run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", pairs)
 
 
 def test_a_named_reference_has_a_computed_first_loss(tiny, sft_adapter, tmp_path):
     arm = DpoArm(name="t", labels="ai", pool="rlaif", beta=0.5)
-    pair = with_reference(preference_pairs(1)[0], (-10.0, -20.0), (-8.0, -21.0), arm)
+    pair = with_reference(preference_pairs(1)[0], Logprobs(-10.0, -20.0, -5.0, -5.0), Logprobs(-8.0, -21.0, -5.0, -6.0), arm)
     assert pair.first_loss == pytest.approx(math.log(1 + math.exp(-0.5 * 3.0)))
 
 
@@ -131,38 +77,32 @@ def test_the_reference_is_the_start_model_not_the_base(tiny, sft_adapter, tmp_pa
         model = load_merged(lineage)
         with torch.no_grad():
             sums = torch.stack([score(model, [pair], CPU)[0][0] for pair in pairs])
-        difference = (sums - torch.tensor([row.reference for row in rows])).abs().max().item()
+        difference = (sums - torch.tensor([row.reference.sums() for row in rows])).abs().max().item()
         assert (difference < 1e-4) is equal
 
 
 def test_micro_batches_change_nothing(tiny, sft_adapter, tmp_path):
-    """1 x 4, 2 x 2 and 4 x 1 give one trajectory; 7 pairs leave a smaller last batch in every epoch."""
-    runs = []
-    for micro in (1, 2, 4):
-        arm_lineage = Lineage(tiny, (sft_adapter,))
-        _, _, metrics = run_dpo(arm_lineage, tmp_path / str(micro), preference_pairs(), micro=micro)
-        runs.append([row["loss"] for row in metrics])
-    for other in runs[1:]:
-        # Dropout masks depend on how pairs are packed; the first step has none to speak of (B = 0), the trend must agree.
-        assert other[0] == pytest.approx(runs[0][0], abs=1e-6)
-        assert len(other) == len(runs[0])
+    """One pair a pass, several, and all of a step in one pass give one trajectory; 7 pairs leave a smaller last step in every epoch.
 
-
-def test_micro_batches_change_nothing_at_all_without_dropout(tiny, sft_adapter, tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "LORA", LoraSection(r=4, dropout=0.0))
+    Without dropout, whose masks depend on how pairs are packed.
+    """
     runs = []
-    for micro in (1, 2, 4):
-        _, _, metrics = run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / str(micro), preference_pairs(), micro=micro)
-        runs.append([row["loss"] for row in metrics])
+    still = LoraSection(r=4, dropout=0.0)
+    for budget in (1, 40, 4096):
+        _, _, metrics = run_dpo(
+            Lineage(tiny, (sft_adapter,)), tmp_path / str(budget), preference_pairs(), micro_batch_tokens=budget, lora=still
+        )
+        runs.append(metrics)
     for other in runs[1:]:
-        assert max(abs(a - b) for a, b in zip(runs[0], other, strict=True)) < 1e-5
+        for name in ("loss", "grad_norm", "chosen_logp", "margin", "kl"):  # not accuracy: at step 1 margins are rounding
+            assert [row[name] for row in other] == pytest.approx([row[name] for row in runs[0]], rel=1e-3, abs=1e-4), name
 
 
 def test_a_stopped_training_resumes_as_if_it_had_not_stopped(tiny, sft_adapter, tmp_path):
     lineage = Lineage(tiny, (sft_adapter,))
     _, _, whole = run_dpo(lineage, tmp_path / "whole", preference_pairs(), epochs=5, checkpoints=3)
     with pytest.raises(KeyboardInterrupt):
-        run_dpo(lineage, tmp_path / "cut", preference_pairs(), epochs=5, checkpoints=3, stop_at=7)
+        run_dpo(lineage, tmp_path / "cut", preference_pairs(), epochs=5, checkpoints=3, at_step=interrupt(7))
     assert newest_checkpoint(tmp_path / "cut" / "checkpoints") is not None
     _, _, resumed = run_dpo(lineage, tmp_path / "cut", preference_pairs(), epochs=5, checkpoints=3)
     assert resumed == whole
@@ -203,7 +143,7 @@ def test_dropout_does_not_touch_the_reference(tiny, sft_adapter, tmp_path):
     policy.train()
     with torch.no_grad():
         noisy = score(policy, preference_pairs(1), CPU)[0]
-    assert abs(noisy[0, 0].item() - first["p0"][0]) > 1e-3
+    assert abs(noisy[0, 0].item() - first["p0"].chosen) > 1e-3
 
 
 def test_merging_keeps_the_likelihood(tiny, sft_adapter):
@@ -220,8 +160,9 @@ def test_merging_keeps_the_likelihood(tiny, sft_adapter):
 
 def test_kl_is_zero_before_training_and_positive_after(tiny, sft_adapter, tmp_path):
     policy, rows, _ = run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "k", preference_pairs(4))
-    assert kl_to_start(policy, rows, CPU, 0) > 1e-6
-    assert kl_to_start(load_policy(Lineage(tiny, (sft_adapter,)), LORA, 0), rows, CPU, 0) == pytest.approx(0, abs=1e-7)
+    lineage = Lineage(tiny, (sft_adapter,))
+    assert kl_to_start(policy, rows, CPU, 0, lineage) > 1e-6
+    assert kl_to_start(load_policy(lineage, LORA, 0), rows, CPU, 0, lineage) == pytest.approx(0, abs=1e-7)
 
 
 def test_the_adapter_start_is_drawn_from_the_seed(tiny):
@@ -254,13 +195,13 @@ def preference(chosen, rejected) -> Preference:
 
 def test_a_stored_logprob_that_the_reference_does_not_give_is_refused():
     pair = preference(response((5, 6), -4.0), response((7,), -2.0))
-    assert check_stored_logprobs([pair], {"q": (-4.0, -2.0)}, "L", 1e-3, "arm") == 2
+    assert check_stored_logprobs([pair], {"q": Logprobs(-4.0, -2.0, 0, 0)}, "L", 1e-3, "arm") == 2
     second_stage = pair.model_copy(update={"on_policy": False})
-    assert check_stored_logprobs([second_stage], {"q": (-9.0, -2.0)}, "another model", 1e-3, "arm") == 0
+    assert check_stored_logprobs([second_stage], {"q": Logprobs(-9.0, -2.0, 0, 0)}, "another model", 1e-3, "arm") == 0
     with pytest.raises(UserError, match="sampled from model L"):
-        check_stored_logprobs([pair], {"q": (-4.0, -2.0)}, "another model", 1e-3, "arm")
+        check_stored_logprobs([pair], {"q": Logprobs(-4.0, -2.0, 0, 0)}, "another model", 1e-3, "arm")
     with pytest.raises(UserError, match="--redo sample"):
-        check_stored_logprobs([pair], {"q": (-4.1, -2.0)}, "L", 1e-3, "arm")
+        check_stored_logprobs([pair], {"q": Logprobs(-4.1, -2.0, 0, 0)}, "L", 1e-3, "arm")
 
 
 def test_sampled_ids_are_trained_as_sampled_and_texts_are_closed(renderer):
@@ -271,9 +212,22 @@ def test_sampled_ids_are_trained_as_sampled_and_texts_are_closed(renderer):
     assert renderer.decode(ids.rejected) == "An imported reply."
 
 
-def test_length_baseline():
-    pairs = [PairIds("a", (1,), (1, 2), (1,), 1.0), PairIds("b", (1,), (1,), (1, 2), 1.0), PairIds("c", (1,), (1,), (1,), 1.0)]
-    assert longer_wins(pairs) == pytest.approx(0.5)
+def test_words_that_both_responses_begin_with_are_trained(renderer):
+    """The prompt is what was rendered as prompt, not what both sequences share (a longest common prefix would eat "Well, I")."""
+    row = preference(response(None, None, text="Well, I think so."), response(None, None, text="Well, I doubt it."))
+    ids = pair_ids(row, renderer)
+    assert ids.prompt == renderer.render(row.prompt.turns).ids
+    assert [renderer.decode(side) for side in (ids.chosen, ids.rejected)] == ["Well, I think so.", "Well, I doubt it."]
+
+
+def test_baselines_that_read_nothing():
+    pairs = [
+        PairIds("a", (1,), (1, 2), (1,), 1.0),  # longer
+        PairIds("b", (1,), (1,), (1, 2), 1.0, finishes=("stop", "cut")),  # finished, shorter
+        PairIds("c", (1,), (1,), (2,), 1.0),  # neither tells
+        PairIds("d", (1,), (1, 2), (1,), 1.0, finishes=("cut", "stop")),  # longer, and cut off
+    ]
+    assert baselines(pairs) == {"longer": 2.5 / 4, "finished": 2.0 / 4, "both": 2.5 / 4}
 
 
 def test_sft_rows_train_the_reply_and_nothing_else(renderer):
@@ -286,43 +240,232 @@ def test_sft_rows_train_the_reply_and_nothing_else(renderer):
     assert trained[-1] == renderer.stop_id
 
 
-def test_reply_head_loss_equals_trls(tiny, renderer, tmp_path):
-    """The loss at the replies only is TRL's loss, value and gradients, on a padded batch."""
+def test_packed_sft_equals_trl_on_one_row_a_time(tiny, renderer, tmp_path):
+    """The packed step's loss and gradients are those of TRL's own loss on padded rows: nothing leaks from one row to another."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     rows, _ = training_rows([example(1, "No."), example(3, "Perhaps it is not so, though."), example(2, "Why?")], renderer, 400)
-    section = SftSection(
-        learning_rate=1e-3, epochs=1, batch_size=3, micro_batch_size=3, checkpoints=0, lora=LoraSection(dropout=0.0)
-    )
+    section = SftSection(learning_rate=1e-3, epochs=1, batch_size=3, checkpoints=0, lora=LoraSection(dropout=0.0))
     results = []
-    for kind in (ReplyHeadTrainer, SFTTrainer):
+    for budget in (4096, 1, None):
+        section = section.model_copy(update={"micro_batch_tokens": budget})
         policy = load_policy(Lineage(tiny), section.lora, 0)
         args = arguments(
-            SFTConfig,
-            section,
-            tmp_path,
-            CPU,
-            3,
-            0,
-            "sft",
-            max_length=None,
-            packing=False,
-            gradient_checkpointing=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )
-        trainer = kind(model=policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=renderer.tokenizer)
-        batch = next(iter(trainer.get_train_dataloader()))
-        count = (batch["labels"][:, 1:] != IGNORED).sum()
-        loss = trainer.compute_loss(policy, batch, num_items_in_batch=count)
-        loss.backward()
+            SFTConfig, section, tmp_path, CPU, 3, 0, "sft",
+            max_length=None, packing=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
+        common = {"model": policy, "args": args, "train_dataset": Dataset.from_list(rows), "processing_class": renderer.tokenizer}
+        if budget:
+            trainer = PackedSftTrainer(section=section, hardware=CPU, **common)
+            batch = next(iter(trainer.get_train_dataloader()))
+            assert sorted(row["id"] for row in batch) == ["e1", "e2", "e3"]
+            loss = trainer.training_step(policy, batch)
+        else:
+            trainer = SFTTrainer(**common)
+            batch = next(iter(trainer.get_train_dataloader()))
+            loss = trainer.compute_loss(policy, batch, num_items_in_batch=(batch["labels"][:, 1:] != IGNORED).sum())
+            loss.backward()
         results.append((loss.item(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
-        assert (ours - theirs).abs().max() < 1e-6
+    for loss, gradients in results[:2]:
+        assert loss == pytest.approx(results[2][0], rel=1e-5)
+        for ours, theirs in zip(gradients, results[2][1], strict=True):
+            assert (ours - theirs).abs().max() < 1e-6
 
 
 def test_steps_are_counted_as_the_trainer_counts_them(tiny, sft_adapter, tmp_path):
     arm = DpoArm(name="t", labels="ai", pool="rlaif", epochs=2, batch_size=3)
-    _, _, metrics = run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "s", preference_pairs(7), epochs=2, batch=3)
+    _, _, metrics = run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "s", preference_pairs(7), epochs=2, batch_size=3)
     assert metrics[-1]["step"] == len(metrics) == optimiser_steps(7, arm) == 6
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100), st.integers(1, 4))
+def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(lengths, budget, processes):
+    plan = plan_micro_batches(lengths, budget, processes)
+    assert len(plan) == processes
+    batches = [batch for share in plan for batch in share]
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or sum(lengths[row] for row in batch) <= budget for batch in batches)
+    assert max(map(len, plan)) - min(map(len, plan)) <= 1  # nobody waits long for others
+    if len(lengths) >= processes and len(set(lengths)) == 1:
+        assert min(map(len, plan)) >= 1 or len(lengths) < 2 * processes
+
+
+def test_the_order_belongs_to_the_row_and_the_epoch():
+    ids = [f"r{i}" for i in range(9)]
+    order = EpochOrder(ids, 4, 7)
+    first = list(order)
+    assert [len(batch) for batch in first] == [4, 4, 1]
+    assert list(order) == first  # asked again, as on resume
+    order.set_epoch(1)
+    assert list(order) != first
+    shuffled = EpochOrder(ids[::-1], 4, 7)
+    assert [[shuffled.ids[row] for row in batch] for batch in shuffled] == [[ids[row] for row in batch] for batch in first]
+
+
+def test_memory_that_does_not_suffice_names_the_batch_the_row_and_the_settings(tiny, sft_adapter, tmp_path, monkeypatch):
+    def full(model, rows, hardware):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+        )
+
+    from suasion.training import dpo
+
+    monkeypatch.setattr(dpo, "score", full)
+    with pytest.raises(
+        UserError, match=r"micro-batch of 4 rows and \d+ tokens, the longest row p\d .*micro_batch_tokens.*model\.max_length"
+    ):
+        run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", preference_pairs())
+
+
+def test_speeds_stand_beside_the_artefacts(tiny, sft_adapter, tmp_path):
+    _, _, metrics = run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", preference_pairs(), epochs=1)
+    speeds = [json.loads(line) for line in (tmp_path / "x" / "logs" / "speed.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in speeds] == [row["step"] for row in metrics]
+    assert sum(row["tokens"] for row in speeds) == sum(pair.tokens for pair in preference_pairs())
+    assert all(row["tokens_per_second"] > 0 and row["memory_mb"] > 100 for row in speeds)
+    assert not any("second" in name or "memory" in name for row in metrics for name in row)
+
+
+def test_the_estimated_kl_is_the_mean_drop_of_the_log_probs_per_token(tiny, sft_adapter, tmp_path):
+    _, _, metrics = run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", preference_pairs(), micro_batch_tokens=1)
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
+    pairs = preference_pairs(1)
+    _, rows, metrics = run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "y", pairs, lora=LoraSection(r=4, dropout=0.0))
+    dropped = sum(rows[0].reference.sums()) - metrics[-1]["chosen_logp"] - metrics[-1]["rejected_logp"]
+    assert metrics[-1]["kl"] == pytest.approx(dropped / (len(pairs[0].chosen) + len(pairs[0].rejected)), abs=1e-5)
+
+
+def test_cached_reference_logprobs_are_those_that_would_be_computed(tiny, sft_adapter, tmp_path, monkeypatch):
+    """Keyed by weights and ids: a subset is found, a changed id is not, and a torn line is computed again."""
+    lineage = Lineage(tiny, (sft_adapter,))
+    model, cache = load_merged(lineage), tmp_path / "cache" / "file.jsonl"
+    pairs = preference_pairs(5)
+    plain = reference_logprobs(model, pairs, CPU, tmp_path / "plain.jsonl")
+    reference_logprobs(model, pairs[:3], CPU, tmp_path / "some.jsonl", cache)
+    cache.write_text(cache.read_text()[:-20])
+    calls = []
+    from suasion.training import reference
+
+    real = reference.score
+    monkeypatch.setattr(
+        reference, "score", lambda model, batch, hardware: calls.append(batch[0].id) or real(model, batch, hardware)
+    )
+    assert reference_logprobs(model, pairs, CPU, tmp_path / "again.jsonl", cache) == plain
+    assert calls == ["p2", "p3", "p4"]
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    calls.clear()
+    other = PairIds("p0", pairs[0].prompt, pairs[0].chosen, (*pairs[0].rejected[:-1], 11), 1.0)
+    assert reference_logprobs(model, [other, pairs[1]], CPU, tmp_path / "other.jsonl", cache)["p0"] != plain["p0"]
+    assert calls == ["p0"]
+    assert cache_file(lineage.hash, CPU) != cache_file(Lineage(tiny).hash, CPU)  # other weights, other file
+    assert cache_file(lineage.hash, CPU) != cache_file(lineage.hash, Compute("cpu", "bfloat16", CPU.threads))
+
+
+def test_heads_are_sums_over_the_length_that_both_responses_have(tiny):
+    model = load_merged(Lineage(tiny))
+    pair = PairIds("a", (1, 2, 3), (4, 5, 6, 7), (8, 9), 1.0)
+    with torch.no_grad():
+        sums, heads, _, _ = score(model, [pair], CPU)
+        cut, _, _, _ = score(model, [PairIds("b", (1, 2, 3), (4, 5), (8, 9), 1.0)], CPU)
+    assert heads[0].tolist() == pytest.approx(cut[0].tolist(), abs=1e-5)
+    assert heads[0, 1].item() == pytest.approx(sums[0, 1].item(), abs=1e-6)
+    assert heads[0, 0] > sums[0, 0]
+
+
+def test_soft_labels_come_from_the_graders_probability():
+    row = preference(response((5, 6), -4.0), response((7,), -2.0)).model_copy(update={"p": 0.8})
+    arm = DpoArm(name="t", labels="ai", pool="rlaif", soft_labels=True)
+    assert target(row, arm) == 0.8
+    assert target(row, arm.model_copy(update={"soft_labels": False})) == 1.0
+    with pytest.raises(UserError, match="has no probability"):
+        target(row.model_copy(update={"p": None}), arm)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        (response((5, 6), -1.0, text="a"), response((5, 6), -1.0, text="b"), "chosen and rejected are equal"),
+        (response((5, 6), -1.0, text="a"), response((), 0.0, text="b"), "is empty"),
+    ],
+)
+def test_sides_that_teach_nothing_are_refused(renderer, chosen, rejected, message):
+    with pytest.raises(UserError, match=message):
+        pair_ids(preference(chosen, rejected), renderer)
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_trained(tiny, sft_adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(sft_adapter, tmp_path / "wide")
+    weights = {
+        name: torch.zeros(*value.shape[:-1], value.shape[-1] + 8)
+        for name, value in load_file(other / "adapter_model.safetensors").items()
+    }
+    save_file(weights, other / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="is not an adapter of random:tiny"):
+        load_policy(Lineage(tiny, (other,)), LORA, 0)
+    named = shutil.copytree(sft_adapter, tmp_path / "named")
+    config = json.loads((named / "adapter_config.json").read_text())
+    (named / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "other/model"}))
+    with pytest.raises(UserError, match="was trained on other/model"):
+        load_policy(Lineage(tiny, (named,)), LORA, 0)
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(tiny, sft_adapter, tmp_path, monkeypatch):
+    from suasion.training import dpo
+
+    real = dpo.soft_loss
+
+    def spoiled(margins, *args):
+        losses = real(margins, *args)
+        return losses * float("nan") if margins.detach().abs().max() > 1e-4 else losses
+
+    monkeypatch.setattr(dpo, "soft_loss", spoiled)
+    with pytest.raises(UserError, match="the loss is nan at step"):
+        run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", preference_pairs())
+
+
+def test_flex_attention_off_the_gpu_is_refused(tiny):
+    with pytest.raises(UserError, match="GPU only"):
+        load_policy(Lineage(tiny.model_copy(update={"attention": "flex"})), LORA, 0)
+
+
+def test_full_fine_tuning_makes_a_new_base(tiny, sft_adapter, tmp_path):
+    """lora: null trains every weight; what follows starts from these weights, with a hash of its own and a first loss of ln 2 again."""
+    start = Lineage(tiny, (sft_adapter,))
+    policy, rows, metrics = run_dpo(
+        start, tmp_path / "full", preference_pairs(), lora=None, learning_rate=1e-3, micro_batch_tokens=1
+    )
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert kl_to_start(policy, rows, CPU, 0, start) > 1e-6
+    save_adapter(policy, tmp_path / "whole", tiny)
+    after = start.extended(tmp_path / "whole")
+    loaded = load_merged(after)
+    assert all(torch.equal(value, policy.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert len({after.hash, start.hash, Lineage(tiny).hash}) == 3
+    _, _, second = run_dpo(after, tmp_path / "second", preference_pairs(), micro_batch_tokens=1)
+    assert second[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    from suasion.export import write_one_adapter
+
+    with pytest.raises(UserError, match="changed every weight"):
+        write_one_adapter(after, tmp_path)
+
+
+def test_full_fine_tuning_resumes_as_if_it_had_not_stopped(tiny, tmp_path):
+    settings = {"lora": None, "learning_rate": 1e-3, "epochs": 2, "checkpoints": 3}
+    _, _, whole = run_dpo(Lineage(tiny), tmp_path / "whole", preference_pairs(), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run_dpo(Lineage(tiny), tmp_path / "cut", preference_pairs(), at_step=interrupt(3), **settings)
+    assert run_dpo(Lineage(tiny), tmp_path / "cut", preference_pairs(), **settings)[2] == whole
+
+
+def test_whole_weights_of_another_shape_are_refused(tiny, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="not of random:tiny's shape"):
+        load_merged(Lineage(tiny, (tmp_path / "other",)))

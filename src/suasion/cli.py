@@ -255,6 +255,40 @@ def chat(
         chat_here(talk, console, input)
 
 
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    row: Annotated[
+        str, typer.Option(metavar="ID", help="Id of an example, outcome pair, response or preference, or its beginning.")
+    ],
+    set_: SetOption = None,
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Print a row as the model sees it: prompt, trained tokens and stop token in colour."""
+    from suasion.recipe import load_recipe
+    from suasion.show import show as show_row
+
+    show_row(load_recipe(recipe, tuple(set_ or ())), runs, row, console)
+
+
+@app.command()
+def export(
+    run_: RunArgument,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="base, sft or an arm.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where it goes; must not exist yet.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="The whole model instead of one adapter on the original base.")
+    ] = False,
+) -> None:
+    """Write a model of a run so that plain peft (or, merged, plain transformers) loads it: one exact adapter, or merged safetensors."""
+    from suasion.export import export as export_model
+    from suasion.status import load_run
+
+    directory, recipe = load_run(run_)
+    for file in export_model(directory, recipe, model, to, merged):
+        console.print(f"{file} ({file.stat().st_size / 1e6:.1f} MB)", markup=False, soft_wrap=True)
+
+
 @corpus_app.command("stats")
 def corpus_stats(
     source: Annotated[

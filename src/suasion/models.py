@@ -3,6 +3,7 @@
 Loading merges adapters in fp32, oldest first. A training merges all adapters of its start model and attaches a fresh one whose
 B matrices are zero: at step 0 the policy *is* its start, and the first DPO loss is its zero-margin value (asserted there).
 Weights stay in fp32; bf16 compute is autocast, because small LoRA updates vanish when they are folded into bf16 weights.
+Full fine-tuning (`lora: null`) leaves whole weights in the place of an adapter: they are a new base for all that comes after.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from suasion.errors import UserError
-from suasion.records import canonical_json, content_id, sha256_file, write_json
+from suasion.records import canonical_json, content_id, read_json, sha256_file, write_json
 from suasion.rundir import cache_dir
 from suasion.sections.training import LoraSection, ModelSection
 from suasion.seeding import derive_seed
@@ -136,7 +137,7 @@ def load_base(section: ModelSection) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         base_folder(section),
         dtype=torch.float32,
-        attn_implementation=section.attention,
+        attn_implementation="sdpa" if section.attention == "flex" else section.attention,
         trust_remote_code=False,
         use_safetensors=True,
     )
@@ -150,7 +151,7 @@ def load_base(section: ModelSection) -> Any:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A base and its adapters, oldest first."""
+    """A base and its adapters, oldest first; an entry with whole weights (full fine-tuning) replaces all before it."""
 
     base: ModelSection
     adapters: tuple[Path, ...] = ()
@@ -176,7 +177,10 @@ def load_merged(lineage: Lineage, device: str = "cpu") -> Any:
 
     model = load_base(lineage.base)
     for adapter in lineage.adapters:
-        _check_adapter(adapter)
+        if is_whole_model(adapter):
+            model = _load_whole(adapter, lineage.base, model)
+            continue
+        check_adapter(adapter, model, lineage.base.base)
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return model.to(device).eval()
 
@@ -191,13 +195,17 @@ def load_to_sample(lineage: Lineage, hardware: Compute) -> Any:
     if hardware.dtype != "bfloat16" or not lineage.adapters:
         return round_for_decoding(load_merged(lineage, hardware.device), hardware)
     *older, newest = lineage.adapters
-    _check_adapter(newest)
+    if is_whole_model(newest):
+        return round_for_decoding(load_merged(lineage, hardware.device), hardware)
     start = load_merged(Lineage(lineage.base, tuple(older)), hardware.device)
+    check_adapter(newest, start, lineage.base.base)
     return as_it_samples(PeftModel.from_pretrained(start, str(newest), autocast_adapter_dtype=False), hardware)
 
 
 def as_it_samples(policy: Any, hardware: Compute) -> Any:
-    """A model with one adapter beside its weights (peft), made ready to decode; changed in place."""
+    """A policy, with one adapter beside its weights (peft) or trained whole, made ready to decode; changed in place."""
+    if not hasattr(policy, "peft_config"):
+        return round_for_decoding(policy.to(hardware.device).eval().requires_grad_(False), hardware)
     model = policy.base_model.model if hardware.dtype == "bfloat16" else policy.merge_and_unload()
     return round_for_decoding(model.to(hardware.device).eval(), hardware)
 
@@ -218,54 +226,81 @@ def round_for_decoding(model: Any, hardware: Compute) -> Any:
     return model
 
 
-def load_policy(lineage: Lineage, lora: LoraSection, seed: int, device: str = "cpu") -> Any:
-    """The start model with a fresh adapter that changes nothing yet (B = 0), ready to train.
+def load_policy(lineage: Lineage, lora: LoraSection | None, seed: int, device: str = "cpu") -> Any:
+    """The start model with a fresh adapter that changes nothing yet (B = 0), ready to train; without `lora` every weight is trained.
 
     The A matrices are drawn from `seed`, so that a restarted training starts the same.
     """
+    model = load_merged(lineage, device)
+    if lineage.base.attention == "flex":
+        if device != "cuda":
+            raise UserError(
+                "model.attention is flex, which trains on a GPU only (torch has no backward for it elsewhere). Use sdpa."
+            )
+        model.set_attn_implementation("flex_attention")
+    if lora is None:
+        return model.requires_grad_(True)
+    return attach_adapter(model, lora, seed, lineage.hash, lineage.base.base).to(device)
+
+
+def attach_adapter(model: Any, lora: LoraSection, seed: int, key: str, base: str, task: str | None = "CAUSAL_LM") -> Any:
+    """A model with a fresh adapter whose A matrices are drawn from (seed, key) and whose B matrices are zero.
+
+    task: peft's task type; None for a model without a language-model head. Raises UserError where a target names no module.
+    """
     from peft import LoraConfig, get_peft_model
 
-    model = load_merged(lineage, device)
     missing = [t for t in lora.targets if not any(name.split(".")[-1] == t for name, _ in model.named_modules())]
     if missing:
         kinds = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
-        raise UserError(
-            f"lora.targets {missing} name no module of {lineage.base.base}. Its linear modules are: {', '.join(kinds)}."
-        )
-    torch.manual_seed(derive_seed(seed, "adapter-init", lineage.hash) % 2**63)
+        raise UserError(f"lora.targets {missing} name no module of {base}. Its linear modules are: {', '.join(kinds)}.")
+    torch.manual_seed(derive_seed(seed, "adapter-init", key) % 2**63)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
-        task_type="CAUSAL_LM",
+        task_type=task,
         bias="none",
     )
-    policy = get_peft_model(model, config)
-    policy.to(device)
-    return policy
+    return get_peft_model(model, config)
 
 
 def save_adapter(policy: Any, folder: Path, base: ModelSection, state: dict[str, Any] | None = None) -> str:
-    """Write the newest adapter as safetensors with a config free of machine paths. Returns its hash.
+    """Write what was trained, the newest adapter or the whole weights, as safetensors with a config free of machine paths.
 
-    state: the adapter's whole tensors, where the policy itself holds only shards of them.
+    Returns its hash. The folder appears by rename. state: whole tensors, where the policy itself holds only shards of them.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    policy.save_pretrained(temporary, safe_serialization=True, state_dict=state)
-    (temporary / "README.md").unlink(missing_ok=True)
-    config = json.loads((temporary / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = base.base
-    config["target_modules"] = sorted(config["target_modules"])
-    write_json(temporary / "adapter_config.json", config)
+    if hasattr(policy, "peft_config"):
+        policy.save_pretrained(
+            temporary, safe_serialization=True, state_dict=state, selected_adapters=["default"]
+        )  # TRL adds one named ref
+        (temporary / "README.md").unlink(missing_ok=True)
+        config = json.loads((temporary / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = base.base
+        config["target_modules"] = sorted(config["target_modules"])
+        write_json(temporary / "adapter_config.json", config)
+    else:
+        policy.save_pretrained(temporary, safe_serialization=True, state_dict=state)
+        config = json.loads((temporary / "config.json").read_text())
+        config.pop("_name_or_path", None)
+        write_json(temporary / "config.json", config)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     return adapter_hash(folder)
 
 
+def is_whole_model(folder: Path) -> bool:
+    """Whether a training left whole weights there instead of an adapter."""
+    return not (folder / "adapter_config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
 def adapter_hash(folder: Path) -> str:
-    """Hash of an adapter's weights and of the fields of its config that change what it computes."""
+    """Hash of an adapter's weights and of the fields of its config that change what it computes; of whole weights, theirs."""
+    if is_whole_model(folder):
+        return content_id("whole", *(f"{file.name}:{sha256_file(file)}" for file in sorted(folder.glob("model*.safetensors"))))
     config = json.loads((folder / "adapter_config.json").read_text())
     kept = {key: config.get(key) for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "fan_in_fan_out")}
     return content_id("adapter", sha256_file(folder / "adapter_model.safetensors"), canonical_json(kept))
@@ -287,9 +322,47 @@ def base_hash(section: ModelSection) -> str:
     return digest
 
 
-def _check_adapter(folder: Path) -> None:
-    if not (folder / "adapter_model.safetensors").is_file():
+def _load_whole(folder: Path, base: ModelSection, model: Any) -> Any:
+    """Whole weights in the place of `model`. Raises UserError where they are of another architecture."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=model.config._attn_implementation, trust_remote_code=False, use_safetensors=True
+    )  # fmt: skip
+    if {name: value.shape for name, value in whole.named_parameters()} != {
+        name: value.shape for name, value in model.named_parameters()
+    }:
+        raise UserError(f"the weights in {folder} are not of {base.base}'s shape. Use the base that they were trained from.")
+    whole.generation_config = model.generation_config
+    return whole
+
+
+def check_adapter(folder: Path, model: Any, base: str) -> None:
+    """Raises UserError where a folder holds no adapter as safetensors, or one that was not made for this model."""
+    from safetensors import safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
         raise UserError(f"{folder} holds no adapter_model.safetensors: run the training stage that writes it again.")
+    trained_on = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    local = any(
+        str(name).startswith(("/", ".")) for name in (trained_on, base)
+    )  # a folder may have moved; its weights are hashed
+    if trained_on != base and not local:
+        raise UserError(
+            f"the adapter in {folder} was trained on {trained_on}, the recipe's base is {base}. Use that base, or train again."
+        )
+    modules = {f"base_model.model.{name}": module for name, module in model.named_modules()}
+    with safe_open(file, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 - the handle is no mapping
+            module, _, side = name.removesuffix(".weight").rpartition(".lora_")
+            shape = weights.get_slice(name).get_shape()
+            size = getattr(modules.get(module), "in_features" if side == "A" else "out_features", None)
+            if module and side in ("A", "B") and size != shape[1 if side == "A" else 0]:
+                raise UserError(
+                    f"{folder} is not an adapter of {base}: {name} has shape {shape}, the model's {module.rpartition('.')[2]} has "
+                    f"{size or 'no such module'}. Use the base that it was trained on, or train again."
+                )
 
 
 def _bundled() -> Path:

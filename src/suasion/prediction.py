@@ -21,6 +21,7 @@ from suasion.machines import Machine, MachineTable
 from suasion.planning import Lengths, Rates, StagePlan, disk_bytes, sft_rows, stage_plans
 from suasion.progress import duration
 from suasion.recipe import Recipe
+from suasion.sections.training import GPU_TOKENS
 
 GIB = 2**30
 HOST_BYTES = 4 * 10**9  # Python, torch and its CUDA libraries, page cache that must stay
@@ -148,29 +149,40 @@ def measured_shares(rates: Rates, shape: Shape, lengths: Lengths, batch: int, ma
 def gpu_memory(recipe: Recipe, shape: Shape, processes: int) -> dict[str, int]:
     """Peak bytes on one GPU by stage: weights, adapters with their optimiser state, and what backward or the cache needs.
 
-    A trained token keeps about 12 rows of the model's width and 4 of its inner width a layer in bf16; DPO keeps three fp32 rows of
-    the vocabulary for each token of a reply; a response keeps its cache and six rows of the vocabulary (sampling/local.py).
+    A response keeps its cache and six rows of the vocabulary (sampling/local.py).
     """
-    weights = WEIGHT_BYTES * shape.parameters
-    if recipe.processes.profile == "fsdp2":
-        weights //= processes
-    token = shape.layers * (12 * shape.width + 4 * shape.inner) * 2
-    longest = recipe.model.max_length
-
-    def adapter(rank: int, targets: int) -> int:
-        return 16 * shape.layers * targets * rank * 2 * shape.width  # value, gradient and two moments of AdamW
-
-    found = {
-        "sft": weights + adapter(recipe.sft.lora.r, len(recipe.sft.lora.targets)) + recipe.sft.micro_batch_size * longest * token
-    }
-    for arm in recipe.dpo:
-        pairs = arm.micro_batch_size * (recipe.corpus.context_tokens + 2 * recipe.sample.max_new_tokens)
-        logits = arm.micro_batch_size * 2 * recipe.sample.max_new_tokens * shape.vocabulary * 4 * 3
-        found[f"dpo-{arm.name}"] = weights + adapter(arm.lora.r, len(arm.lora.targets)) + pairs * token + logits
+    found = {}
+    for stage in ("sft", *(f"dpo-{arm.name}" for arm in recipe.dpo)):
+        fixed, per_token, longest, budget = training_memory(stage, recipe, shape, processes)
+        found[stage] = fixed + per_token * max(budget, longest)
     positions = recipe.corpus.context_tokens + recipe.sample.max_new_tokens
     response = positions * shape.cache_width * (shape.layers + 1) * 4 + 6 * shape.vocabulary * 4
     found["sample"] = found["evaluate"] = WEIGHT_BYTES * shape.parameters + recipe.sample.batch_size * response
     return found
+
+
+def training_memory(stage: str, recipe: Recipe, shape: Shape, processes: int) -> tuple[int, int, int, int]:
+    """Of a training: bytes that are always there, bytes a token of a micro-batch, tokens of the longest row, and the micro-batch's tokens.
+
+    A token keeps about 12 rows of the model's width and 4 of its inner width a layer in bf16, and three fp32 rows of the vocabulary where
+    it belongs to a reply.
+    """
+    section = recipe.sft if stage == "sft" else recipe.arm(stage.removeprefix("dpo-"))
+    if stage == "sft":
+        replies, longest = recipe.corpus.reply_tokens[1], recipe.model.max_length
+    else:
+        replies = 2 * recipe.sample.max_new_tokens
+        longest = recipe.corpus.context_tokens + replies
+    share = replies / (recipe.corpus.context_tokens + replies)
+    weights = WEIGHT_BYTES * shape.parameters
+    if recipe.processes.profile == "fsdp2":
+        weights //= processes
+    # value, gradient and two moments of AdamW
+    trained = (
+        shape.parameters if section.lora is None else shape.layers * len(section.lora.targets) * section.lora.r * 2 * shape.width
+    )
+    token = shape.layers * (12 * shape.width + 4 * shape.inner) * 2 + int(share * shape.vocabulary * 4 * 3)
+    return weights + 16 * trained, token, longest, section.micro_batch_tokens or GPU_TOKENS
 
 
 def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | None = None) -> Prediction:
@@ -208,15 +220,11 @@ def advice(stage: str, needed: int, room: float, recipe: Recipe, shape: Shape) -
         return "the weights alone do not fit: a larger GPU, or processes.profile=fsdp2 on several"
     if stage in ("sample", "evaluate"):
         return f"sample.batch_size={max(1, int(recipe.sample.batch_size * (room - weights) / (needed - weights)))}"
-    arm = stage.removeprefix("dpo-")
-    micro = recipe.sft.micro_batch_size if stage == "sft" else recipe.arm(arm).micro_batch_size
-    fits = int(micro * (room - weights) / (needed - weights))
-    key = "sft" if stage == "sft" else f"dpo.{arm}"
-    if fits < 1:
+    fixed, per_token, longest, _ = training_memory(stage, recipe, shape, recipe.processes.count)
+    fits = int((room - fixed) / per_token)
+    if fits < longest:
         return "shorter rows (model.max_length, sample.max_new_tokens) or a larger GPU"
-    section = recipe.sft if stage == "sft" else recipe.arm(arm)
-    divisor = max(size for size in range(1, fits + 1) if section.batch_size % size == 0)
-    return f"{key}.micro_batch_size={divisor}"
+    return f"{'sft' if stage == 'sft' else 'dpo.' + stage.removeprefix('dpo-')}.micro_batch_tokens={fits}"
 
 
 def lines(recipe: Recipe, sizes: Sizes, names: list[str], table: MachineTable, shares: Shares | None = None) -> list[str]:

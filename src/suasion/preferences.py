@@ -112,7 +112,8 @@ def build(
         elif label not in ("a", "b"):
             counts[label] += 1
         else:
-            rows.append(to_preference(item, label, tuple(sorted({verdict.source for verdict in given})), arm.start == "sft"))
+            sources = tuple(sorted({verdict.source for verdict in given}))
+            rows.append(to_preference(item, label, sources, arm.start == "sft", chosen_probability(given, label)))
     counts["n"] = len(rows)
     return rows, counts
 
@@ -141,8 +142,16 @@ def settle(verdicts: Sequence[Verdict], conflicts: Literal["drop", "first", "adj
     return "flip" if flipped else "conflict"
 
 
-def to_preference(item: SampledPair, label: Label, sources: tuple[str, ...], on_policy: bool) -> Preference:
-    """A decisive label as a training pair. on_policy: whether the arm starts from sft, which wrote the responses."""
+def chosen_probability(given: Sequence[Verdict], label: Label) -> float | None:
+    """Mean probability that the chosen side is better, over the verdicts that give one; None where none does."""
+    known = [verdict.p_a if label == "a" else 1 - verdict.p_a for verdict in given if verdict.p_a is not None]
+    return sum(known) / len(known) if known else None
+
+
+def to_preference(
+    item: SampledPair, label: Label, sources: tuple[str, ...], on_policy: bool, p: float | None = None
+) -> Preference:
+    """A decisive label as a training pair. on_policy: whether the arm starts from sft, which wrote the responses. p: see Preference."""
     chosen, rejected = (item.a, item.b) if label == "a" else (item.b, item.a)
     return Preference(
         id=content_id("preference", item.prompt.id, chosen.id, rejected.id),
@@ -150,6 +159,7 @@ def to_preference(item: SampledPair, label: Label, sources: tuple[str, ...], on_
         chosen=chosen,
         rejected=rejected,
         sources=sources,
+        p=p,
         on_policy=on_policy,
     )
 

@@ -158,7 +158,10 @@ class Verdict(Row):
 
 
 class Preference(Row):
-    """One training pair of an arm. `on_policy` is False for responses that the arm's start model did not write."""
+    """One training pair of an arm. `on_policy` is False for responses that the arm's start model did not write.
+
+    p: probability that the chosen response is the better one, the mean over the sources that gave one; None where none did.
+    """
 
     format: Literal["preference/1"] = "preference/1"
     id: str
@@ -167,6 +170,7 @@ class Preference(Row):
     rejected: Response
     sources: tuple[str, ...]
     weight: float = 1.0
+    p: float | None = None
     on_policy: bool = True
 
 

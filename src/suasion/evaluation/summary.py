@@ -35,7 +35,7 @@ from suasion.seeding import generator
 HUMAN = "human"
 ALPHA = 0.05
 POWER = 0.8
-NOT_TRAINING = {"name", "labels", "pool", "matched", "micro_batch_size", "checkpoints", "report_to"}  # no effect, or the point
+NOT_TRAINING = {"name", "labels", "pool", "matched", "micro_batch_tokens", "checkpoints", "report_to"}  # no effect, or the point
 
 
 class ModelVerdict(Row):

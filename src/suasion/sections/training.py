@@ -13,6 +13,8 @@ SYSTEM_PROMPT = (
     "uncertain, and never manipulate, threaten, flatter or invent facts."
 )
 
+CPU_TOKENS, GPU_TOKENS = 1024, 4096  # a processor is busy with few tokens; attention over a packed row grows with its square
+
 
 class ModelSection(Section):
     """The base model and how it computes."""
@@ -32,7 +34,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute type; weights are kept in float32. auto: bfloat16 where the hardware has it."
     )
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
+    attention: Literal["sdpa", "eager", "flex"] = Field(
+        "sdpa",
+        description="Attention of transformers. flex: FlexAttention while training (GPU), sdpa elsewhere; packing is then free.",
+    )
 
 
 class LoraSection(Section):
@@ -50,8 +55,11 @@ class TrainingSection(Section):
     learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
     epochs: float = Field(gt=0, description="Passes over the data.")
     batch_size: int = Field(ge=1, description="Rows (SFT) or pairs (DPO) per optimiser step.")
-    micro_batch_size: int = Field(
-        1, ge=1, description="Rows or pairs per forward pass; must divide batch_size. Changes memory and speed, not results."
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per forward pass, whole rows packed; a longer row stands alone. None: 1,024 on a CPU, 4,096 on a GPU. Changes "
+        "memory and speed, not results.",
     )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate.")
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="Learning rate after warm-up.")
@@ -60,12 +68,6 @@ class TrainingSection(Section):
     checkpoints: int = Field(4, ge=0, description="How often a training saves its state, evenly spread, so that it can resume.")
     report_to: Literal["none", "wandb", "trackio"] = Field("none", description="Experiment tracker, besides metrics.jsonl.")
 
-    @model_validator(mode="after")
-    def _micro_batches_divide(self) -> TrainingSection:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
-        return self
-
 
 class SftSection(TrainingSection):
     """Supervised fine-tuning on human replies; the pool takes those that persuaded first."""
@@ -73,6 +75,15 @@ class SftSection(TrainingSection):
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     epochs: float = Field(3, gt=0, description="Passes over the data.")
     batch_size: int = Field(64, ge=1, description="Rows per optimiser step.")
+    lora: LoraSection | None = Field(LoraSection(), description="The adapter; null trains every weight, and makes a new base.")
+
+
+class RewardSection(TrainingSection):
+    """A reward model: Bradley-Terry on outcome pairs, a scalar head on the last token of a reply, and an adapter."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW, for adapter and head.")
+    epochs: float = Field(1, gt=0, description="Passes over the pairs; more than one or two overfit.")
+    batch_size: int = Field(16, ge=1, description="Pairs per optimiser step.")
     lora: LoraSection = Field(LoraSection(), description="The adapter.")
 
 
@@ -87,13 +98,27 @@ class DpoArm(TrainingSection):
     labels: Literal["ai", "human"] = Field(description="Whose verdicts.")
     pool: Literal["rlaif", "rlhf"] = Field(description="On which pairs.")
     matched: bool = Field(False, description="ai labels only on the very pairs that have a decisive human label.")
+    engine: Literal["suasion", "trl"] = Field(
+        "suasion", description="suasion: prompts are read once, pairs packed; trl: TRL's DPOTrainer on the same ids."
+    )
     beta: float = Field(0.1, gt=0, description="Strength of the KL penalty.")
-    loss: Literal["sigmoid", "ipo", "robust"] = Field("sigmoid", description="Loss on the margin.")
+    loss: Literal["sigmoid", "ipo", "robust", "length-normalised", "length-desensitised"] = Field(
+        "sigmoid", description="Loss on the margin; the length-normalised one wants a beta of a few units."
+    )
+    length_alpha: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="length-desensitised: weight of the tokens beyond the shorter response's length; 1 is sigmoid.",
+    )
+    soft_labels: bool = Field(
+        False, description="Train on the probability that the grader gave the chosen response, not on a certain label."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="robust: assumed share of flipped labels.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     epochs: float = Field(1, gt=0, description="Passes over the data.")
     batch_size: int = Field(16, ge=1, description="Pairs per optimiser step.")
-    lora: LoraSection = Field(LoraSection(), description="The adapter.")
+    lora: LoraSection | None = Field(LoraSection(), description="The adapter; null trains every weight, and makes a new base.")
 
     @model_validator(mode="after")
     def _labels_fit_pool(self) -> DpoArm:
@@ -103,4 +128,8 @@ class DpoArm(TrainingSection):
             raise ValueError("matched means ai labels on the rlhf pool")
         if self.loss != "robust" and self.label_smoothing:
             raise ValueError("label_smoothing belongs to loss: robust")
+        if self.loss != "length-desensitised" and self.length_alpha != 1:
+            raise ValueError("length_alpha belongs to loss: length-desensitised")
+        if self.soft_labels and self.label_smoothing:
+            raise ValueError("soft_labels and label_smoothing both say how certain a label is; choose one")
         return self

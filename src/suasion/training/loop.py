@@ -6,8 +6,10 @@ only once its `complete` mark is there: a process killed while saving leaves a f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,8 @@ from suasion.records import canonical_json
 from suasion.rundir import CHECKPOINTS
 from suasion.sections.training import TrainingSection
 from suasion.seeding import derive_seed
-from suasion.training.processes import RowOrder, barrier, fillers, rank, world_size
+from suasion.training.processes import barrier, rank
+from suasion.training.steps import OWN, SPEED
 
 MARK = "complete"
 KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "epoch")
@@ -30,19 +33,6 @@ KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "epoch")
 def optimiser_steps(rows: int, section: TrainingSection) -> int:
     """Optimiser steps of a training on `rows` rows; the last batch of an epoch may be smaller."""
     return math.ceil(section.epochs * math.ceil(rows / section.batch_size))
-
-
-def micro_batch(section: TrainingSection, purpose: str) -> int:
-    """Rows of one forward pass in each process: micro_batch_size, or less where the processes together would take more than a step has.
-
-    Raises UserError where a step's rows cannot be shared evenly.
-    """
-    share, rest = divmod(section.batch_size, world_size())
-    if rest:
-        raise UserError(
-            f"{purpose}: {world_size()} processes cannot share the {section.batch_size} rows of a step evenly. Change batch_size or processes.count."
-        )
-    return max(size for size in range(1, section.micro_batch_size + 1) if share % size == 0)
 
 
 def arguments(
@@ -57,13 +47,12 @@ def arguments(
 ) -> Any:
     """Trainer arguments of one training; everything that is not a default of the library stands here."""
     steps = optimiser_steps(rows, section)
-    micro = micro_batch(section, purpose)
     seed32 = derive_seed(seed, "training", purpose) % 2**31
     save_every = math.ceil(steps / (section.checkpoints + 1)) if section.checkpoints else 0
     return kind(
         output_dir=str(folder / CHECKPOINTS),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=section.batch_size // (micro * world_size()),
+        per_device_train_batch_size=section.batch_size,  # a whole step; steps.py cuts it into micro-batches
+        gradient_accumulation_steps=1,
         num_train_epochs=section.epochs,
         learning_rate=section.learning_rate,
         lr_scheduler_type=section.scheduler,
@@ -80,7 +69,7 @@ def arguments(
         logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
         save_strategy="steps" if save_every else "no",
         save_steps=save_every or 1,
-        report_to="none" if section.report_to == "none" else [section.report_to],
+        **tracking(section.report_to, folder),
         run_name=purpose,
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -90,20 +79,47 @@ def arguments(
     )
 
 
-def train(
-    trainer: Trainer, folder: Path, purpose: str, unit_per_step: int, unit: str, with_fillers: Callable[[Any, int], Any]
-) -> list[dict[str, Any]]:
+def tracking(tracker: str, folder: Path) -> dict[str, Any]:
+    """Trainer arguments for an experiment tracker, whose files go to the run's logs. Nothing leaves this machine unless its user asks.
+
+    wandb: $WANDB_MODE decides (offline works). trackio: a local store. Raises UserError where the tracker is not installed.
+    """
+    if tracker == "none":
+        return {"report_to": "none"}
+    if importlib.util.find_spec(tracker) is None:
+        raise UserError(
+            f"report_to is {tracker}, which is not installed: pip install {tracker}. Or set report_to to none; metrics.jsonl has it all."
+        )
+    logs = folder.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_DIR", str(logs))
+    os.environ.setdefault("WANDB_PROJECT", "suasion")
+    os.environ.setdefault("TRACKIO_DIR", str(logs / "trackio"))
+    return {"report_to": [tracker], "project": "suasion", "trackio_space_id": None, "trackio_static_space_id": False}
+
+
+def speed_file(stage_folder: Path) -> Path:
+    """Where a stage's speeds go: the run's logs, which no manifest hashes."""
+    return stage_folder.parent / "logs" / f"{stage_folder.name}-speed.jsonl"
+
+
+def train(trainer: Trainer, folder: Path, purpose: str, speeds: Path | None = None) -> list[dict[str, Any]]:
     """Train, or go on from the newest complete checkpoint; returns the metrics rows.
 
-    with_fillers: adds so many rows without loss to the trainer's rows; called where several processes train.
+    speeds: JSONL that gets tokens, seconds and memory of each step: what no artefact may hold, because it differs every time.
+    Raises UserError where one process sees several GPUs: Trainer would split the rows of a step by itself.
     """
+    if trainer.args.n_gpu > 1:
+        raise UserError(
+            f"{trainer.args.n_gpu} GPUs are visible to one process. Start one process a GPU with `accelerate launch`, or show it "
+            "one: CUDA_VISIBLE_DEVICES=0."
+        )
+    first = rank() == 0
     checkpoint = newest_checkpoint(folder / CHECKPOINTS)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if world_size() > 1:
-        share_rows(trainer, done, with_fillers)
-    metrics = MetricsFile(folder / "metrics.jsonl", keep_until=done) if rank() == 0 else None
+    metrics = MetricsFile(folder / "metrics.jsonl", keep_until=done) if first else None
     trainer.remove_callback(PrinterCallback)  # prints every log line when tqdm is off
-    trainer.add_callback(_Watch(metrics, purpose, unit_per_step, unit, done))
+    trainer.add_callback(_Watch(metrics, purpose, done, speeds if first else None))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if metrics:
         metrics.close()
@@ -113,29 +129,18 @@ def train(
     return rows
 
 
-def share_rows(trainer: Trainer, done: int, with_fillers: Callable[[Any, int], Any]) -> None:
-    """Let several processes take the rows that one would take, in its order. done: optimiser steps of an earlier attempt."""
-    filling = fillers(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
-    order = RowOrder(len(trainer.train_dataset), filling, trainer.args.data_seed)
-    batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * world_size()
-    order.epoch = done // math.ceil(len(trainer.train_dataset) / batch)
-    trainer.train_dataset = with_fillers(trainer.train_dataset, filling)
-    trainer._get_train_sampler = lambda dataset=None: order
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step; incomplete ones are removed."""
-    if rank() > 0:  # the first process tidies up
+    """The complete checkpoint with the highest step; incomplete ones are removed, by the first process."""
+    if rank() > 0:
         barrier()
-        found = [path for path in folder.glob("checkpoint-*") if (path / MARK).is_file()]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     complete = []
     for path in folder.glob("checkpoint-*"):
         if (path / MARK).is_file():
             complete.append(path)
-        else:
+        elif rank() == 0:
             shutil.rmtree(path)
-    barrier()
+    if rank() == 0:
+        barrier()
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -169,19 +174,22 @@ class MetricsFile:
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics, moves the bar, marks checkpoints, and stops on a loss that is no number."""
 
-    def __init__(self, metrics: MetricsFile | None, purpose: str, unit_per_step: int, unit: str, done: int):
-        self.metrics, self.purpose, self.unit_per_step, self.unit, self.done = metrics, purpose, unit_per_step, unit, done
+    def __init__(self, metrics: MetricsFile | None, purpose: str, done: int, speeds: Path | None):
+        self.metrics, self.purpose, self.done, self.speeds = metrics, purpose, done, speeds
         self.advance: Callable[[int], None] = lambda count: None
         self.bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         from suasion.progress import progress
 
+        if rank() > 0:
+            return
         self.bar = progress(self.purpose, state.max_steps, "steps", self.done)
         self.advance = self.bar.__enter__()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.__exit__(None, None, None)
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.advance(1)
@@ -198,8 +206,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             )
         if self.metrics is None:
             return
-        row = {key: value for key, value in logs.items() if key in KEPT_METRICS or key.startswith("dpo_")}
-        self.metrics.write({"step": state.global_step, **{key.removeprefix("dpo_"): float(value) for key, value in row.items()}})
+        row = {key: value for key, value in logs.items() if key in KEPT_METRICS or key.startswith(OWN)}
+        self.metrics.write({"step": state.global_step, **{key.removeprefix(OWN): float(value) for key, value in row.items()}})
+        speed = {key.removeprefix(SPEED): round(float(value), 3) for key, value in logs.items() if key.startswith(SPEED)}
+        if self.speeds is not None and speed:
+            self.speeds.parent.mkdir(exist_ok=True)
+            with self.speeds.open("a", encoding="utf-8") as handle:
+                handle.write(canonical_json({"step": state.global_step, **speed}) + "\n")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         barrier()  # every process has written its part

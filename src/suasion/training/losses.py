@@ -1,7 +1,7 @@
 """Preference losses as pure functions of margins.
 
 The margin h of a pair is  (log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected)),  with log-probabilities
-summed over the response's tokens, stop token included. beta * h is the reward margin.
+summed over the response's tokens, stop token included, or weighted as `effective_logprobs` says. beta * h is the reward margin.
 """
 
 from __future__ import annotations
@@ -23,15 +23,44 @@ def logprob_tolerance(dtype: str, sampling: SampleSection) -> float:
     return max(own, sampling.engine.parity_tolerance) if isinstance(sampling.engine, EndpointEngine) else own
 
 
-def preference_loss(margins: torch.Tensor, loss: str, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Loss of each pair. margins: [n] in nats; returns [n].
+def effective_logprobs(
+    sums: torch.Tensor, heads: torch.Tensor, lengths: torch.Tensor, loss: str, length_alpha: float = 1.0
+) -> torch.Tensor:
+    """What a loss takes for the log-probability of a response. sums, heads, lengths: [n, 2] of (chosen, rejected); returns [n, 2].
 
-    sigmoid: -log s(beta h), Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
+    sigmoid, ipo, robust: the sum over the tokens.
+    length-normalised: the sum divided by the number of tokens, Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), section 5.1.2; beta is
+        then per token, and an order of magnitude larger (they take 5).
+    length-desensitised: tokens beyond the shorter response's length count length_alpha, Liu et al. 2024 (LD-DPO, arXiv 2409.06411),
+        section 4: head + alpha (sum - head). 1 is the sigmoid loss.
+    """
+    if loss == "length-normalised":
+        return sums / lengths
+    if loss == "length-desensitised":
+        return heads + length_alpha * (sums - heads)
+    return sums
+
+
+def soft_loss(margins: torch.Tensor, targets: torch.Tensor, loss: str, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Expected loss where the chosen response is the better one with probability `targets`. margins, targets: [n]; returns [n].
+
+    p L(h) + (1-p) L(-h). For sigmoid this is the cross-entropy of the Bradley-Terry model with a soft label (cDPO, Mitchell 2023).
+    """
+    right = preference_loss(margins, loss, beta, label_smoothing)
+    if bool((targets == 1).all()):
+        return right
+    return targets * right + (1 - targets) * preference_loss(-margins, loss, beta, label_smoothing)
+
+
+def preference_loss(margins: torch.Tensor, loss: str, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Loss of each pair. margins: [n], of effective log-probabilities; returns [n].
+
+    sigmoid, length-normalised, length-desensitised: -log s(beta h), Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
     ipo: (h - 1/(2 beta))^2, Azar et al. 2023 (arXiv 2310.12036), eq. 17.
     robust: unbiased under labels flipped with probability e, Chowdhury et al. 2024 (arXiv 2403.00409), eq. 10:
         (-(1-e) log s(beta h) + e log s(-beta h)) / (1 - 2e).
     """
-    if loss == "sigmoid":
+    if loss in ("sigmoid", "length-normalised", "length-desensitised"):
         return -F.logsigmoid(beta * margins)
     if loss == "ipo":
         return (margins - 1 / (2 * beta)) ** 2

@@ -20,21 +20,48 @@ import torch
 class Packed:
     """One row of T tokens that holds S replies with K reply tokens in all.
 
-    input_ids, position_ids: [1, T]. attention_mask: bool [1, 1, T, T], True where a query (row) may see a key (column).
+    input_ids, position_ids: [1, T]. group: [T] which (prompt, replies) a token belongs to; branch: [T] 0 in the prompt, r in its r-th reply.
     predict_at: [K] positions whose output predicts a reply token. targets: [K] these tokens. owner: [K] which of the S replies.
+    ends: [S] positions of the replies' last tokens.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    group: torch.Tensor
+    branch: torch.Tensor
     predict_at: torch.Tensor
     targets: torch.Tensor
     owner: torch.Tensor
+    ends: torch.Tensor
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """bool [1, 1, T, T], True where a query (row) may see a key (column): its own prompt and its own reply, up to itself."""
+        place = torch.arange(len(self.group), device=self.group.device)
+        return self._sees(place[:, None], place[None, :])[None, None]
+
+    def block_mask(self) -> Any:
+        """The same for FlexAttention, which skips blocks that nobody sees: the cost of packing does not grow with its square."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        size = len(self.group)
+        return create_block_mask(
+            lambda batch, head, query, key: self._sees(query, key), B=1, H=None, Q_LEN=size, KV_LEN=size, device=self.group.device
+        )
+
+    def mask_for(self, model: Any) -> Any:
+        """What the attention implementation of a model takes."""
+        config = getattr(model, "module", model).config  # a model wrapped for several processes has none itself
+        return self.block_mask() if config._attn_implementation == "flex_attention" else self.attention_mask
+
+    def _sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        branch = self.branch[key]
+        return (query >= key) & (self.group[query] == self.group[key]) & ((branch == 0) | (branch == self.branch[query]))
 
     @property
     def replies(self) -> int:
         """S, the number of replies."""
-        return int(self.owner[-1]) + 1
+        return len(self.ends)
 
     def to(self, device: str | torch.device) -> Packed:
         """The same on another device."""
@@ -50,6 +77,7 @@ def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Pac
     predict_at: list[int] = []
     owner: list[int] = []
     targets: list[int] = []
+    ends: list[int] = []
     reply_number = 0
     for group, (prompt, replies) in enumerate(groups):
         if not prompt or not all(replies):
@@ -66,21 +94,17 @@ def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Pac
                 predict_at += [last_of_prompt, *range(start, start + len(part) - 1)]
                 targets += part
                 owner += [reply_number] * len(part)
+                ends.append(len(ids) - 1)
                 reply_number += 1
-    groups_, branches = torch.tensor(group_of), torch.tensor(branch_of)
-    order = torch.arange(len(ids))
-    mask = (
-        (order[:, None] >= order[None, :])
-        & (groups_[:, None] == groups_[None, :])
-        & ((branches[None, :] == 0) | (branches[:, None] == branches[None, :]))
-    )
     return Packed(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
-        attention_mask=mask[None, None],
+        group=torch.tensor(group_of),
+        branch=torch.tensor(branch_of),
         predict_at=torch.tensor(predict_at),
         targets=torch.tensor(targets),
         owner=torch.tensor(owner),
+        ends=torch.tensor(ends),
     )
 
 
@@ -89,7 +113,7 @@ def reply_logits(model: Any, packed: Packed) -> torch.Tensor:
     output = model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
-        attention_mask=packed.attention_mask,
+        attention_mask=packed.mask_for(model),
         logits_to_keep=packed.predict_at,
         use_cache=False,
     )
@@ -97,10 +121,26 @@ def reply_logits(model: Any, packed: Packed) -> torch.Tensor:
     return logits
 
 
+def token_logprobs(logits: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Log-probability of each reply token. logits: [K, V]; returns [K], in nats."""
+    return logits.gather(1, packed.targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+def sum_by_reply(values: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Sum of values over each reply's tokens. values: [K]; returns [S]."""
+    return torch.zeros(packed.replies, dtype=values.dtype, device=values.device).index_add(0, packed.owner, values)
+
+
 def sum_logprobs(logits: torch.Tensor, packed: Packed) -> torch.Tensor:
     """Summed log-probability of each reply. logits: [K, V]; returns [S], in nats. A sum, never a mean: the loss is defined on sums."""
-    token = logits.gather(1, packed.targets[:, None])[:, 0] - logits.logsumexp(dim=1)
-    return torch.zeros(packed.replies, dtype=token.dtype, device=token.device).index_add(0, packed.owner, token)
+    return sum_by_reply(token_logprobs(logits, packed), packed)
+
+
+def within(packed: Packed, limits: torch.Tensor) -> torch.Tensor:
+    """Which reply tokens stand among the first limits[s] of their reply. limits: [S]; returns bool [K]."""
+    counts = torch.bincount(packed.owner, minlength=packed.replies)
+    place = torch.arange(len(packed.owner), device=packed.owner.device) - (counts.cumsum(0) - counts)[packed.owner]
+    return place < limits.to(packed.owner.device)[packed.owner]
 
 
 def token_kl(policy_logits: torch.Tensor, start_logits: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,10 @@
 
 `train_apart` runs in the process of `suasion run`: it writes the stage's context to a file, starts the workers, and turns the death of
 any of them into a message. `main` is a worker: it is the stage's own function, run in every process, of which only the first (rank 0)
-writes. What the trainings need to know of one another stands here too: ranks, order of rows, sums over processes.
+writes. What the trainings need to know of one another stands here too: ranks and sums over processes.
 
-The rows of an optimiser step are those of a single process: it takes `batch_size` rows of one shuffled order, and so do N processes
-together, micro-batch by micro-batch. Where an epoch's rows do not fill the last micro-batch of every process, rows without loss do;
-accelerate would repeat rows from the start of the epoch, which is another training.
+The rows of an optimiser step are those of a single process: every process plans the whole step and takes its share (steps.py).
+accelerate would repeat rows from the start of the epoch where they do not come out even, which is another training.
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Sampler
 
 from suasion.errors import UserError
 from suasion.models import save_adapter
@@ -56,31 +53,6 @@ def summed(values: dict[str, float], device: str) -> dict[str, float]:
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return dict(zip(names, total.tolist(), strict=True))
-
-
-def fillers(rows: int, micro_batch: int) -> int:
-    """How many rows without loss complete the last micro-batch of every process."""
-    return -rows % (micro_batch * world_size()) if world_size() > 1 else 0
-
-
-class RowOrder(Sampler[int]):
-    """Indices of one epoch's rows, shuffled as one process shuffles them, then those of the rows without loss.
-
-    The order is accelerate's `SeedableRandomSampler`: a permutation from seed + epoch. It counts epochs itself, because accelerate
-    does not tell a sharded sampler which epoch a resumed training is in.
-    """
-
-    def __init__(self, rows: int, filling: int, seed: int):
-        self.rows, self.filling, self.seed, self.epoch = rows, filling, seed, 0
-
-    def __len__(self) -> int:
-        return self.rows + self.filling
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        self.epoch += 1
-        yield from torch.randperm(self.rows, generator=generator).tolist()
-        yield from range(self.rows, self.rows + self.filling)
 
 
 def save_trained(policy: Any, folder: Path, base: ModelSection) -> None:
@@ -146,7 +118,7 @@ def train_apart(stage: StageContext, module: str, device: str) -> StageResult:
         log.write_text(said, encoding="utf-8")
         raise UserError(
             f"{stage.stage}: one of {stage.recipe.processes.count} processes died (exit code {workers.returncode}); the others were ended. What they "
-            f"said stands in {log}. Run again: it goes on from the last checkpoint. If memory was short, lower micro_batch_size "
+            f"said stands in {log}. Run again: it goes on from the last checkpoint. If memory was short, lower micro_batch_tokens "
             "or use processes.profile=fsdp2."
         )
     result = StageResult(**read_json(folder / RESULT))

@@ -1,9 +1,10 @@
 """Supervised fine-tuning on human replies, those that persuaded first: `pools/sft.jsonl` -> `adapter/`, `metrics.jsonl`.
 
 TRL's SFTTrainer on rows that chat.py has rendered: its own tokenising, masking and truncation are switched off, the labels are
-ours. The loss covers the reply and its stop token, and is the mean over tokens of the whole optimiser step. Off the GPU the loss
-is computed here: TRL's head then scores every position, prompts included, which halves the speed of a small model on a CPU
-(94 against 178 tokens/s, see docs/LOG.md).
+ours. The loss covers the reply and its stop token, and is the mean over tokens of the whole optimiser step. Rows are packed to a
+token budget under a mask that lets no row see another (prefix.py); TRL's own packing keeps rows apart only with FlashAttention.
+The head is applied only where a trained token is predicted: TRL's scores every position off the GPU, prompts included, which
+halves the speed of a small model on a CPU (94 against 178 tokens/s, see docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Lineage, base_hash, compute, load_policy, load_tokenizer
+from suasion.models import Compute, Lineage, base_hash, compute, load_policy, load_tokenizer
 from suasion.records import Example, read_rows
 from suasion.rundir import StageContext, StageResult
-from suasion.training.loop import arguments, train
+from suasion.sections.training import SftSection
+from suasion.training.loop import arguments, speed_file, train
+from suasion.training.prefix import pack, reply_logits
 from suasion.training.processes import save_trained
+from suasion.training.steps import WholeSteps
 
 IGNORED = -100
 
 
 def training_rows(examples: list[Example], renderer: Renderer, max_length: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rendered rows {input_ids, labels}, and what was dropped by reason. Order follows ids, not the file."""
+    """Rendered rows {id, input_ids, labels}, and what was dropped by reason. Order follows ids, not the file."""
     rows, dropped = [], {"no reply": 0, "longer than max_length": 0}
     for example in sorted(examples, key=lambda example: example.id):
         if not example.reply or not example.reply.strip():
@@ -38,31 +42,37 @@ def training_rows(examples: list[Example], renderer: Renderer, max_length: int) 
             dropped["longer than max_length"] += 1
             continue
         labels = [token if trained else IGNORED for token, trained in zip(rendered.ids, rendered.mask, strict=True)]
-        rows.append({"input_ids": list(rendered.ids), "labels": labels})
+        rows.append({"id": example.id, "input_ids": list(rendered.ids), "labels": labels})
     return rows, dropped
 
 
-class ReplyHeadTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose language-model head is applied only where a trained token is predicted. The loss is the same."""
+class PackedSftTrainer(WholeSteps, SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer on packed rows: the mean loss over the trained tokens of the whole optimiser step."""
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        labels = inputs["labels"][:, 1:]
-        keep = (labels != IGNORED).any(dim=0).nonzero()[:, 0]
-        logits = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=keep, use_cache=False
-        ).logits.float()  # fmt: skip
-        total = F.cross_entropy(logits.flatten(0, 1), labels[:, keep].flatten(), ignore_index=IGNORED, reduction="sum")
-        loss: torch.Tensor = total / num_items_in_batch * self.args.world_size
-        return loss
+    def __init__(self, *args: Any, section: SftSection, hardware: Compute, **kwargs: Any):
+        super().__init__(*args, data_collator=list, **kwargs)
+        self.section, self.hardware = section, hardware
+
+    def row_id(self, row: dict[str, Any]) -> str:
+        return str(row["id"])
+
+    def row_tokens(self, row: dict[str, Any]) -> int:
+        return len(row["input_ids"])
+
+    def row_weight(self, row: dict[str, Any]) -> float:
+        return float(trained_tokens(row))
+
+    def micro_loss(self, model: Any, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        parts = [(row["input_ids"][: -trained_tokens(row)], [row["input_ids"][-trained_tokens(row) :]]) for row in rows]
+        packed = pack(parts).to(self.args.device)
+        with self.hardware.autocast():
+            logits = reply_logits(model, packed)
+        return F.cross_entropy(logits, packed.targets, reduction="sum"), {}
 
 
-def with_fillers(dataset: Dataset, count: int) -> Dataset:
-    """The rows and so many more that carry no loss: they complete the last micro-batches of several processes."""
-    shortest = min(dataset, key=lambda row: len(row["input_ids"]))["input_ids"]
-    empty = {"input_ids": shortest, "labels": [IGNORED] * len(shortest)}
-    return concatenate_datasets([dataset, Dataset.from_list([empty] * count, features=dataset.features)]) if count else dataset
+def trained_tokens(row: dict[str, Any]) -> int:
+    """Tokens of the reply and its stop token; they are the row's last."""
+    return sum(label != IGNORED for label in row["labels"])
 
 
 def persuaded_share(examples: list[Example]) -> float | None:
@@ -89,11 +99,17 @@ def run_stage(stage: StageContext) -> StageResult:
         SFTConfig, section, stage.folder, hardware, len(rows), recipe.seed, "sft",
         max_length=None, packing=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
-    kind = SFTTrainer if hardware.device == "cuda" else ReplyHeadTrainer
-    trainer = kind(model=policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    metrics = train(trainer, stage.folder, "sft", section.batch_size, "rows", with_fillers)
+    trainer = PackedSftTrainer(
+        model=policy,
+        section=section,
+        hardware=hardware,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    metrics = train(trainer, stage.folder, "sft", speed_file(stage.folder))
     save_trained(policy, stage.folder / "adapter", recipe.model)
-    trained = [sum(label != IGNORED for label in row["labels"]) for row in rows]
+    trained = [trained_tokens(row) for row in rows]
     return StageResult(
         rows_in=len(examples),
         rows_out=len(rows),
