@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from suasion.errors import UsageError, UserError
-from suasion.pipeline import needs_people, run, stages
+from suasion.pipeline import how_it_computes, needs_people, run, stages, what_it_reads
 from suasion.recipe import Recipe, dump_recipe, load_recipe, validate_recipe
+from suasion.records import write_json
 from suasion.rundir import EVAL_POOL, MANIFEST, RunDir
 from suasion.verify import verify_run
 
@@ -109,12 +110,8 @@ def test_a_death_between_work_and_manifest_loses_nothing(copy, recipe, capsys):
     assert (folder / MANIFEST).read_bytes() == manifest
     (folder / MANIFEST).unlink()
     directory = directory_of(copy, recipe)
-    from suasion.pipeline import _hardware, recipe_slice
-    from suasion.records import write_json
-
     stage = next(stage for stage in stages(recipe) if stage.name == "dpo-rlaif")
-    attempt = {"recipe": recipe_slice(recipe, stage.sections), "inputs": directory.input_hashes(stage.name, stage.inputs)}
-    write_json(folder / "attempt.json", {**attempt, "external": stage.external(recipe, copy), "hardware": _hardware(recipe)})
+    write_json(folder / "attempt.json", {**what_it_reads(directory, recipe, stage), **how_it_computes(recipe)})
     run(recipe, copy.parent, last="dpo-rlaif")
     assert "dpo-rlaif (resumed)" in capsys.readouterr().out
     assert (folder / MANIFEST).read_bytes() == manifest

@@ -222,11 +222,7 @@ def run(
 
 def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingForPeople | None) -> None:
     """Run, resume or skip one stage."""
-    attempt = {
-        "recipe": recipe_slice(recipe, stage.sections),
-        "inputs": directory.input_hashes(stage.name, stage.inputs),
-        "external": stage.external(recipe, directory.path),
-    }
+    attempt = what_it_reads(directory, recipe, stage)
     if directory.state(stage.name) == "complete":
         directory.clear_working_files(stage.name)
         manifest = directory.manifest(stage.name)
@@ -239,15 +235,14 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
         # Made without the human labels that are there now: not stale, only provisional.
         console.print(f"{stage.name}: made again, now with human labels (the provisional one moves to attic/)")
         directory.move_to_attic([stage.name])
-    hardware = _hardware(recipe)
-    processes = recipe.processes.model_dump(include={"profile", "count"})
+    means = how_it_computes(recipe)
     folder = directory.folder(stage.name)
     resumed = directory.state(stage.name) == "unfinished"
-    if resumed and not _is_same_attempt(folder, {**attempt, "hardware": hardware, "processes": processes}):
+    if resumed and not _is_same_attempt(folder, {**attempt, **means}):
         directory.move_to_attic([stage.name])  # other settings or another machine: nothing in it can be used here
         resumed = False
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / ATTEMPT, {**attempt, "hardware": hardware, "processes": processes})
+    write_json(folder / ATTEMPT, {**attempt, **means})
     console.print(f"[bold]{stage.name}[/]{' (resumed)' if resumed else ''}")
     context = StageContext(
         recipe=recipe,
@@ -266,7 +261,7 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
         result = stage.function()(context)
     if waiting and stage.name in PROVISIONAL:
         result.facts["waiting"] = str(waiting)
-    manifest = directory.complete(stage.name, **attempt, result=result, hardware=hardware)
+    manifest = directory.complete(stage.name, **attempt, result=result, hardware=means["hardware"])
     directory.clear_working_files(stage.name)
     seconds = time.monotonic() - began
     directory.record_time(stage.name, seconds, resumed=resumed)
@@ -326,6 +321,20 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
     return value
+
+
+def what_it_reads(directory: RunDir, recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """What a stage's result follows from: its part of the recipe, and hashes of what it reads inside and outside the run."""
+    return {
+        "recipe": recipe_slice(recipe, stage.sections),
+        "inputs": directory.input_hashes(stage.name, stage.inputs),
+        "external": stage.external(recipe, directory.path),
+    }
+
+
+def how_it_computes(recipe: Recipe) -> dict[str, Any]:
+    """What an unfinished attempt must have in common with the next, besides what it reads, to be gone on with."""
+    return {"hardware": _hardware(recipe), "processes": recipe.processes.model_dump(include={"profile", "count"})}
 
 
 def _hardware(recipe: Recipe) -> dict[str, Any]:
