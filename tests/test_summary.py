@@ -434,3 +434,23 @@ def test_a_win_rate_is_a_claim_about_people_only_where_they_agree_with_the_judge
     sentence = wording._people_caveat({"agreement": agreement})
     assert said in sentence
     assert ("No win rate here is a claim about people" in sentence) == ("beyond chance" not in sentence)
+
+
+def test_a_difference_that_is_gone_at_equal_length_is_not_told_without_it():
+    def entry(name: str, words: float, rate: tuple[float, float, float] | None) -> dict:
+        estimate = None if rate is None else dict(zip(("value", "low", "high"), rate, strict=True))
+        return {"name": name, "label": name, "text": {"words": words}, "length_controlled_vs_base": estimate}
+
+    models = [entry("base", 196.2, None), entry("sft", 108.7, (0.374, 0.159, 0.694)), entry("rlaif", 96.6, (0.2, 0.1, 0.3))]
+    told = [{"first": name, "verdict": "worse"} for name in ("sft", "rlaif")]
+    assert wording.at_equal_length(told, models) == [
+        "Length may be all of it: at equal length, no difference from the base can be told for sft 37% (16–69%). "
+        "The base writes 196 words a response, it 109."
+    ]
+    assert wording.at_equal_length([{"first": "sft", "verdict": "cannot say"}, told[1]], models) == []
+
+
+@pytest.mark.parametrize(("longer", "said"), [(0.759, True), (0.738, True), (0.6, False), (None, False)])
+def test_a_judge_no_better_than_length_is_called_so(full, longer, said):
+    facts = {**full["facts"], "grader": {"accuracy": 0.738, "longer": longer}}
+    assert ("little but length" in " ".join(wording.caveats({**full, "facts": facts}, make_recipe(), []))) is said

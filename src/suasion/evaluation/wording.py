@@ -62,6 +62,7 @@ def headline(summary: dict[str, Any]) -> list[str]:
     labels = {model["name"]: model["label"] for model in summary["models"]}
     against_base = [c for c in summary["comparisons"] if c["second"] == "base" and c["first"] != "human"]
     sentences.extend(_against_base(against_base, labels))
+    sentences.extend(at_equal_length(against_base, summary["models"]))
     planned = [c for c in summary["comparisons"] if c["family"] == "primary" and c["second"] != "base"]
     sentences.extend(_source_of_feedback(comparison, labels) for comparison in planned)
     sentences.extend(_against_people(summary, labels))
@@ -144,6 +145,30 @@ def _against_base(comparisons: list[dict[str, Any]], labels: dict[str, str]) -> 
         numbers = [f"{labels[c['first']]} {percent(c['value'])} ({interval(c['low'], c['high'])})" for c in unsure]
         sentences.append(f"Cannot be told from the base: {listed(numbers)}.")
     return sentences
+
+
+def at_equal_length(against_base: list[dict[str, Any]], models: list[dict[str, Any]]) -> list[str]:
+    """Which differences from the base are gone at equal length: a judge that likes longer texts must not pass for a finding."""
+    told = {comparison["first"] for comparison in against_base if comparison["verdict"] in ("better", "worse")}
+    gone = [
+        (model, rate)
+        for model in models
+        if model["name"] in told
+        and (rate := model["length_controlled_vs_base"]) is not None
+        and rate["low"] is not None
+        and rate["low"] <= 0.5 <= rate["high"]
+    ]
+    if not gone:
+        return []
+    words = {model["name"]: model["text"]["words"] for model in models if model.get("text")}
+    numbers = [f"{model['label']} {percent(rate['value'])} ({interval(rate['low'], rate['high'])})" for model, rate in gone]
+    lengths = [words[model["name"]] for model, _ in gone if model["name"] in words]
+    text = f"Length may be all of it: at equal length, no difference from the base can be told for {listed(numbers)}."
+    if "base" not in words or not lengths:
+        return [text]
+    shortest, longest = f"{min(lengths):.0f}", f"{max(lengths):.0f}"
+    theirs = shortest if shortest == longest else f"{shortest} to {longest}"
+    return [f"{text} The base writes {words['base']:.0f} words a response, {'it' if len(gone) == 1 else 'they'} {theirs}."]
 
 
 def _result(comparison: dict[str, Any], labels: dict[str, str]) -> str:
@@ -282,9 +307,15 @@ def _grader_caveat(facts: dict[str, Any]) -> str:
     accuracy = (facts.get("grader") or {}).get("accuracy")
     if accuracy is None:
         return "The accuracy of the evaluation grader was not measured: every win rate is this grader's opinion, not people's."
-    return (
+    text = (
         f"The evaluation grader picks the reply that people preferred in {percent(accuracy)} of its own test pairs; on model-written "
         "text, which it never saw, it may be worse. Every win rate is its opinion."
+    )
+    longer = facts["grader"].get("longer")
+    if longer is None or accuracy > longer:
+        return text
+    return (
+        f"{text} “The longer text wins” is right in {percent(longer)} of the same pairs: it may have learned little but length."
     )
 
 

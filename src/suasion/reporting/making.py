@@ -397,8 +397,8 @@ def _total(known: Any, *keys: str) -> Any:
 
 def _judge(known: dict[str, Any]) -> Table:
     canaries = mapping(known, "canaries")
-    asked = [name for name in canaries if name in THRESHOLDS]
-    passed = {"n": len(asked) - len(failing({name: canaries[name] for name in asked})), "asked": len(asked)} if asked else MISSING
+    asked = {name: rate for name in canaries if name in THRESHOLDS and _known(rate := number(canaries, name))}
+    passed = {"n": len(asked) - len(failing(asked)), "asked": len(asked)} if asked else MISSING
     row = _row(
         grader=known.get("name") or MISSING,
         accuracy=_estimate(known, "accuracy"),
