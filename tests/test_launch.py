@@ -361,7 +361,15 @@ def test_every_end_of_a_run_ends_the_machine(aws, tmp_path, says) -> None:
     assert left(aws) == []
 
 
-def test_ctrl_c_ends_the_machine_and_a_second_one_does_not_stop_that(aws, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, also where the tests run in the background and inherited that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_machine_and_a_second_one_does_not_stop_that(aws, tmp_path, monkeypatch, interruptible) -> None:
     launch = make(tmp_path, Machine(raises=KeyboardInterrupt()))
     offers = offers_of(launch)
     looked = []
