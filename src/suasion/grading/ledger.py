@@ -26,7 +26,6 @@ CREATE TABLE IF NOT EXISTS sent (
   id INTEGER PRIMARY KEY, scope TEXT NOT NULL, key TEXT NOT NULL, worst REAL NOT NULL, paid REAL, made REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS sent_scope ON sent (scope);
-CREATE TABLE IF NOT EXISTS batches (scope TEXT NOT NULL, batch TEXT NOT NULL, keys TEXT NOT NULL, done INTEGER NOT NULL, PRIMARY KEY (scope, batch));
 """
 
 
@@ -132,19 +131,3 @@ class Ledger:
         """The server did not take the request (no connection, refused, overloaded): it costs nothing."""
         with self._lock:
             self._base.execute("UPDATE sent SET paid = 0 WHERE id = ?", (sent,))
-
-    def open_batches(self) -> dict[str, list[str]]:
-        """Batches of this scope that were handed in and not read yet: id -> keys of their requests, in order."""
-        with self._lock:
-            rows = self._base.execute("SELECT batch, keys FROM batches WHERE scope = ? AND done = 0", (self.scope,)).fetchall()
-        return {batch: json.loads(keys) for batch, keys in rows}
-
-    def batch_sent(self, batch: str, keys: list[str]) -> None:
-        """Remember a batch that was handed in, so that a later process waits for it instead of paying again."""
-        with self._lock:
-            self._base.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, 0)", (self.scope, batch, json.dumps(keys)))
-
-    def batch_read(self, batch: str) -> None:
-        """A batch's answers are stored, or it will never have any."""
-        with self._lock:
-            self._base.execute("UPDATE batches SET done = 1 WHERE scope = ? AND batch = ?", (self.scope, batch))

@@ -13,7 +13,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from suasion.errors import UserError
@@ -152,25 +153,13 @@ class OpenAiProvider:
             self._client = openai.AsyncOpenAI(
                 api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=self.spec.timeout
             )
-        try:
-            async with asyncio.timeout(self.spec.timeout):
-                raw = await self._client.chat.completions.with_raw_response.create(**body)
-                text = raw.http_response.text
-        except (TimeoutError, openai.APITimeoutError) as error:
-            raise Fault(f"no answer within {self.spec.timeout:g} s", charged=True) from error
-        except openai.APIStatusError as error:
-            raise status_error(error.status_code, error.response.text, error.response.headers, self._blot) from error
-        except openai.APIConnectionError as error:
-            raise Fault(
-                f"the connection failed ({self._blot(str(error.__cause__ or error))})", charged=was_sent(error)
-            ) from error
+        async with faults_of(openai, self.spec.timeout, self._blot):
+            raw = await self._client.chat.completions.with_raw_response.create(**body)
+            text = raw.http_response.text
         return self._read(text)
 
     def _read(self, text: str) -> Answer:
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise Fault(f"an answer that is not JSON: {self._blot(text[:SHOWN])!r}", charged=True) from error
+        data = parsed(text, self._blot)
         choices = data.get("choices") if isinstance(data, dict) else None
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
         message = choice.get("message") if choice else None
@@ -202,6 +191,28 @@ class OpenAiProvider:
             self._client = None
 
 
+@asynccontextmanager
+async def faults_of(sdk: Any, seconds: float, blot: Callable[[str], str]) -> AsyncIterator[None]:
+    """One request within its time; what an SDK raises becomes a fault. Both SDKs name their errors alike. Raises Fault and UserError."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except (TimeoutError, sdk.APITimeoutError) as error:
+        raise Fault(f"no answer within {seconds:g} s", charged=True) from error
+    except sdk.APIStatusError as error:
+        raise status_error(error.status_code, error.response.text, error.response.headers, blot) from error
+    except sdk.APIConnectionError as error:
+        raise Fault(f"the connection failed ({blot(str(error.__cause__ or error))})", charged=was_sent(error)) from error
+
+
+def parsed(text: str, blot: Callable[[str], str]) -> Any:
+    """The JSON of an answer that was paid for. Raises Fault."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Fault(f"an answer that is not JSON: {blot(text[:SHOWN])!r}", charged=True) from error
+
+
 class AnthropicProvider:
     """Anthropic's messages; the answer's schema is enforced through output_config."""
 
@@ -229,25 +240,13 @@ class AnthropicProvider:
             self._client = sdk.AsyncAnthropic(
                 api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=self.spec.timeout
             )
-        try:
-            async with asyncio.timeout(self.spec.timeout):
-                raw = await self._client.messages.with_raw_response.create(**body)
-                text = await raw.text()
-        except (TimeoutError, sdk.APITimeoutError) as error:
-            raise Fault(f"no answer within {self.spec.timeout:g} s", charged=True) from error
-        except sdk.APIStatusError as error:
-            raise status_error(error.status_code, error.response.text, error.response.headers, self._blot) from error
-        except sdk.APIConnectionError as error:
-            raise Fault(
-                f"the connection failed ({self._blot(str(error.__cause__ or error))})", charged=was_sent(error)
-            ) from error
+        async with faults_of(sdk, self.spec.timeout, self._blot):
+            raw = await self._client.messages.with_raw_response.create(**body)
+            text = await raw.text()
         return self._read(text)
 
     def _read(self, text: str) -> Answer:
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise Fault(f"an answer that is not JSON: {self._blot(text[:SHOWN])!r}", charged=True) from error
+        data = parsed(text, self._blot)
         content = data.get("content") if isinstance(data, dict) else None
         if not isinstance(content, list):
             raise Fault(f"an answer without content: {self._blot(text[:SHOWN])!r}", charged=True)
