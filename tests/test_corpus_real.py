@@ -265,7 +265,7 @@ def test_the_cpu_recipes_can_be_filled(
     assert pools.lacking(section) == {}
     assert all((example.outcome or 0) > 0 for example in pools.eval)
     assert kind == "p4g" or (len(pools.grader_pairs) > 200 and len(pools.judge_pairs) > 200)
-    assert len(examples) + len(pairs) == sum(unused(examples, pairs, components, pools).values()) + sum(
+    assert len(examples) + len(pairs) == sum(unused(len(examples) + len(pairs), components, pools).values()) + sum(
         len(rows) for rows in (pools.sft, pools.rlaif, pools.rlhf, pools.eval, pools.grader_pairs, pools.judge_pairs)
     )
     assert (len(components), max(len(component.conversations) for component in components)) == GROUPS[kind]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from suasion.errors import UserError
 from suasion.linking import link
-from suasion.pools import apportion, attainable, conversation_hash, eval_seal, run_stage, split, unused
+from suasion.pools import Pools, apportion, attainable, conversation_hash, eval_seal, run_stage, split, unused
 from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, Prompt, Turn, content_id, read_json, read_rows, write_rows
 from suasion.rundir import Input, StageContext
@@ -76,6 +78,18 @@ COMPONENTS = link(*COMPONENT_ROWS, near_duplicate=0.5)
 SECTION = PoolsSection(sft=30, rlaif=24, rlhf=12, eval=10, judge_conversations=8, rlaif_per_conversation=2)
 
 
+def whole(rows: list[Example], pairs: list[OutcomePair], pools: Pools) -> dict[str, list[Any]]:
+    """Pool -> the rows that the stage would write, in their order."""
+    return {
+        "sft": [rows[entry.place] for entry in pools.sft],
+        "rlaif": [rows[entry.place].prompt() for entry in pools.rlaif],
+        "rlhf": [rows[entry.place].prompt() for entry in pools.rlhf],
+        "eval": [rows[entry.place] for entry in pools.eval],
+        "grader_pairs": [pairs[entry.place] for entry in pools.grader_pairs],
+        "judge_pairs": [pairs[entry.place] for entry in pools.judge_pairs],
+    }
+
+
 def write_stage(
     folder: Path, section: PoolsSection, rows: list[Example], pairs: list[OutcomePair], seed: int = 0
 ) -> StageContext:
@@ -120,14 +134,10 @@ def test_sizes_are_exact_and_nothing_is_in_two_pools(seed: int, sizes: dict[str,
     assert pools.lacking(section) == {}
     for name in ("sft", "rlaif", "rlhf", "eval"):
         assert sizes[name] in ("rest", len(getattr(pools, name)))
-    keys = {
-        name: {(row.corpus, row.conversation_id) for row in getattr(pools, name)}
-        for name in ("sft", "rlaif", "rlhf", "eval", "judge_pairs")
-    }
-    authors = {
-        name: {(row.corpus, getattr(row, "author", None) or row.group) for row in getattr(pools, name)}
-        for name in ("sft", "rlaif", "rlhf", "eval", "judge_pairs")
-    }
+    written = whole(*COMPONENT_ROWS, pools)
+    grader_pairs = written.pop("grader_pairs")
+    keys = {name: {(row.corpus, row.conversation_id) for row in rows} for name, rows in written.items()}
+    authors = {name: {(row.corpus, getattr(row, "author", None) or row.group) for row in rows} for name, rows in written.items()}
     for one, other in combinations(keys, 2):
         assert not keys[one] & keys[other]
         assert not authors[one] & authors[other]
@@ -135,12 +145,13 @@ def test_sizes_are_exact_and_nothing_is_in_two_pools(seed: int, sizes: dict[str,
     assert len(keys["rlhf"]) == len(pools.rlhf)
     each = [(row.corpus, row.conversation_id) for row in pools.rlaif]
     assert max(map(each.count, each)) <= section.rlaif_per_conversation
-    assert all(row.reply for row in [*pools.eval, *pools.sft])
-    assert all((row.outcome or 0) > 0 for row in pools.eval)
-    assert {(row.corpus, row.conversation_id) for row in pools.grader_pairs} <= keys["sft"]
+    assert all(row.reply for row in [*written["eval"], *written["sft"]])
+    assert all((row.outcome or 0) > 0 for row in written["eval"])
+    assert {(row.corpus, row.conversation_id) for row in grader_pairs} <= keys["sft"]
     assert pools.judge >= section.judge_conversations
-    ids = [row.id for row in [*pools.sft, *pools.eval, *pools.rlaif, *pools.rlhf]]
+    ids = [row.id for name in ("sft", "eval", "rlaif", "rlhf") for row in written[name]]
     assert len(ids) == len(set(ids))
+    assert ids == [entry.id for entry in (*pools.sft, *pools.eval, *pools.rlaif, *pools.rlhf)]
 
 
 def test_order_of_rows_changes_nothing(tmp_path: Path) -> None:
@@ -216,6 +227,18 @@ def test_near_duplicates_are_linked_and_chance_likeness_is_not() -> None:
     together = [[conversation.key[1] for conversation in component.conversations] for component in link(rows, [], 0.5)]
     assert together == [["a", "b"], ["c"], ["d"], ["e"]]
     assert len(link(rows, [], 0.99)) == 5
+
+
+def test_rows_are_not_held_in_memory(tmp_path: Path) -> None:
+    rows = [example(f"t{i}", text=prose(f"long {i}", 1200)) for i in range(250)]
+    stage = write_stage(tmp_path, PoolsSection(sft="rest", rlaif=60, rlhf=30, eval=20), rows, [])
+    size = (tmp_path / "examples.jsonl").stat().st_size
+    run_stage(stage)  # once for what is imported
+    tracemalloc.start()
+    run_stage(stage)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size / 2
 
 
 def test_links_are_followed_through() -> None:
@@ -375,23 +398,23 @@ def test_any_corpus_is_split_without_overlap_in_any_order(
     components = link(examples, pairs, 0.5)
     pools = split(components, section, seed)
     shuffled = rng.sample(examples, len(examples)), rng.sample(pairs, len(pairs))
-    assert split(link(*shuffled, 0.5), section, seed) == pools
+    written = whole(examples, pairs, pools)
+    assert whole(*shuffled, split(link(*shuffled, 0.5), section, seed)) == written
     if not pools.lacking(section):
         assert (len(pools.rlaif), len(pools.rlhf), len(pools.eval)) == (size, size, size)
     texts = {(row.corpus, row.conversation_id): row.turns[0].text for row in examples}
     shared: dict[str, set[tuple[str, str]]] = {}
     for name in ("sft", "rlaif", "rlhf", "eval", "judge_pairs"):
-        for row in getattr(pools, name):
+        for row in written[name]:
             key = (row.corpus, row.conversation_id)
             for mark in (f"conversation {key}", f"author {getattr(row, 'author', None) or row.group}", f"post {texts[key]}"):
                 shared.setdefault(mark, set()).add(name)
     assert all(len(names) == 1 for names in shared.values())
     for name in ("rlhf", "eval"):
-        keys = [(row.corpus, row.conversation_id) for row in getattr(pools, name)]
+        keys = [(row.corpus, row.conversation_id) for row in written[name]]
         assert len(keys) == len(set(keys))
-    dropped = unused(examples, pairs, components, pools)
-    kept = [*pools.sft, *pools.rlaif, *pools.rlhf, *pools.eval, *pools.grader_pairs, *pools.judge_pairs]
-    assert len(kept) + sum(dropped.values()) == len(examples) + len(pairs)
+    rows_in = len(examples) + len(pairs)
+    assert sum(map(len, written.values())) + sum(unused(rows_in, components, pools).values()) == rows_in
 
 
 def test_only_what_lacks_rows_shrinks_where_that_suffices() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from suasion.errors import UserError
-from suasion.records import Example, Response, Turn, Verdict, content_id, read_json, read_rows, write_json, write_rows
+from suasion.records import Example, Response, RowFile, Turn, Verdict, content_id, read_json, read_rows, write_json, write_rows
 
 labels = st.sampled_from(["a", "b", "tie", "none"])
 
@@ -27,6 +27,22 @@ def test_rows_survive_the_disk(tmp_path):
     rows = [example(), example(id="y", reply=None, outcome=None)]
     assert write_rows(tmp_path / "rows.jsonl", rows) == 2
     assert list(read_rows(tmp_path / "rows.jsonl", Example)) == rows
+
+
+def test_a_row_file_is_the_sequence_of_its_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [example(id=str(n), reply="é\u2028" * n) for n in range(5)]
+    write_rows(path, rows)
+    path.write_bytes(b"\n" + path.read_bytes().replace(b"\n", b"\n \n\n", 2))  # blank lines are no rows
+    with RowFile(path, Example) as there:
+        assert list(there) == [there[n] for n in range(len(there))] == rows
+        assert (there[-1], there[1:3]) == (rows[-1], rows[1:3])
+        with pytest.raises(IndexError):
+            there[5]
+    with pytest.raises(UserError, match="does not exist"):
+        RowFile(tmp_path / "none.jsonl", Example)
+    with RowFile(path, Response) as others, pytest.raises(UserError, match=r"rows\.jsonl, row 2: not a valid Response row"):
+        others[1]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,7 @@ from suasion.errors import UserError
 from suasion.evaluation.power import detectable_win_rate
 from suasion.progress import duration
 from suasion.recipe import Recipe
+from suasion.records import Example, OutcomePair, RowFile
 from suasion.sections.labeling import ImportedLabels
 
 FEW_STEPS = 20
@@ -92,20 +92,22 @@ def read_corpus(recipe: Recipe) -> CorpusFacts:
     from suasion.corpora.stage import run_stage as extract
     from suasion.linking import link
     from suasion.pools import attainable, conversation_hash, split
-    from suasion.records import Example, OutcomePair, read_rows
     from suasion.rundir import StageContext, cache_dir
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         extract(StageContext(recipe=recipe, stage="corpus", folder=folder, inputs={}, cache=cache_dir()))
-        examples = list(read_rows(folder / "examples.jsonl", Example))
-        pairs = list(read_rows(folder / "outcome_pairs.jsonl", OutcomePair))
-    components = link(examples, pairs, recipe.pools.near_duplicate)
+        with (
+            RowFile(folder / "examples.jsonl", Example) as examples,
+            RowFile(folder / "outcome_pairs.jsonl", OutcomePair) as pairs,
+        ):
+            components = link(examples, pairs, recipe.pools.near_duplicate)
+            count, lengths = len(examples), mean_lengths(recipe, examples)
     imported = None
     if (labels := imported_labels(recipe)) and Path(labels.path).is_file():
         held_out = split(components, recipe.pools, recipe.seed).held_out
         imported = usable_preferences(recipe, labels, frozenset(map(conversation_hash, held_out)))
-    return CorpusFacts(len(examples), attainable(components, recipe.pools, recipe.seed), mean_lengths(recipe, examples), imported)
+    return CorpusFacts(count, attainable(components, recipe.pools, recipe.seed), lengths, imported)
 
 
 def make_plan(recipe: Recipe, runs: Path, seconds: float = 20.0) -> Plan:
@@ -182,16 +184,17 @@ def usable_preferences(recipe: Recipe, labels: ImportedLabels, held_out: frozens
     return len(fit_contexts(import_preferences(Path(labels.path), labels.source, held_out).preferences, recipe))
 
 
-def mean_lengths(recipe: Recipe, examples: list[Any]) -> Lengths:
+def mean_lengths(recipe: Recipe, examples: Sequence[Example]) -> Lengths:
     """Mean rendered lengths over about 100 examples with a reply. Raises UserError where there is none."""
     from suasion.chat import Renderer
     from suasion.models import load_tokenizer
 
     renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)
-    replied = [example for example in examples if example.reply]
+    replied = [number for number, example in enumerate(examples) if example.reply]
     if not replied:
         raise UserError("the corpus yields no human reply; look at corpus.reply_tokens and at the corpus folder.")
-    rendered = [renderer.render(example.turns, example.reply) for example in replied[:: max(1, len(replied) // 100)]]
+    drawn = (examples[number] for number in replied[:: max(1, len(replied) // 100)])
+    rendered = [renderer.render(example.turns, example.reply) for example in drawn]
     return Lengths(
         context=sum(len(row.prompt_ids) for row in rendered) / len(rendered),
         reply=sum(len(row.reply_ids) for row in rendered) / len(rendered),

@@ -6,6 +6,7 @@ Reads the corpus stage's `examples.jsonl` and `outcome_pairs.jsonl`; writes `sft
 
 What is linked (`linking.py`: one author, one reply, or nearly one text) goes into one pool whole. Large components (a persuader with
 many dialogues) go to the SFT pool, which has room. Every choice is a hash of seed and id, so that the order of the rows changes nothing.
+What is divided are entries (`linking.Entry`); the rows stay in the corpus stage's files until they are written.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any
 
 from suasion.errors import UserError
-from suasion.linking import Component, Conversation, Key, link
-from suasion.records import Example, OutcomePair, Prompt, canonical_json, read_rows, turns_key, write_json, write_rows
+from suasion.linking import Component, Conversation, Entry, Key, link
+from suasion.records import Example, OutcomePair, RowFile, canonical_json, turns_key, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.sections.corpus import PoolsSection
 from suasion.seeding import derive_seed
-
-Drawn = TypeVar("Drawn", Example, Prompt)
 
 SMALL = 3  # conversations of a component up to which the small pools take it as readily as any other
 SIZES = ("sft", "rlaif", "rlhf", "eval", "judge_conversations")
@@ -35,29 +34,33 @@ EVAL_SHARED, EVAL_PERSUADING = "of eval in any other pool", "of eval persuading 
 def run_stage(stage: StageContext) -> StageResult:
     """Split the corpus and write the pools. Raises UserError with sizes that fit where the corpus is too small."""
     section, seed = stage.recipe.pools, stage.recipe.seed
-    examples = list(read_rows(stage.input("corpus", "examples.jsonl"), Example))
-    pairs = list(read_rows(stage.input("corpus", "outcome_pairs.jsonl"), OutcomePair))
-    components = link(examples, pairs, section.near_duplicate)
-    pools = split(components, section, seed)
-    lacking = pools.lacking(section)
-    if lacking:
-        raise UserError(_too_small(lacking, components, section, seed))
-    rows_out = sum(
-        (
-            write_rows(stage.folder / "sft.jsonl", pools.sft),
-            write_rows(stage.folder / "rlaif.jsonl", pools.rlaif),
-            write_rows(stage.folder / "rlhf.jsonl", pools.rlhf),
-            write_rows(stage.folder / "eval.jsonl", pools.eval),
-            write_rows(stage.folder / "grader_pairs.jsonl", pools.grader_pairs),
-            write_rows(stage.folder / "judge_pairs.jsonl", pools.judge_pairs),
+    with (
+        RowFile(stage.input("corpus", "examples.jsonl"), Example) as examples,
+        RowFile(stage.input("corpus", "outcome_pairs.jsonl"), OutcomePair) as pairs,
+    ):
+        components = link(examples, pairs, section.near_duplicate)
+        pools = split(components, section, seed)
+        lacking = pools.lacking(section)
+        if lacking:
+            raise UserError(_too_small(lacking, components, section, seed))
+        sealed = [examples[entry.place] for entry in pools.eval]
+        rows_out = sum(
+            (
+                write_rows(stage.folder / "sft.jsonl", (examples[entry.place] for entry in pools.sft)),
+                write_rows(stage.folder / "rlaif.jsonl", (examples[entry.place].prompt() for entry in pools.rlaif)),
+                write_rows(stage.folder / "rlhf.jsonl", (examples[entry.place].prompt() for entry in pools.rlhf)),
+                write_rows(stage.folder / "eval.jsonl", sealed),
+                write_rows(stage.folder / "grader_pairs.jsonl", (pairs[entry.place] for entry in pools.grader_pairs)),
+                write_rows(stage.folder / "judge_pairs.jsonl", (pairs[entry.place] for entry in pools.judge_pairs)),
+            )
         )
-    )
+        rows_in = len(examples) + len(pairs)
     write_json(stage.folder / "held_out.json", {"conversation_hashes": sorted(map(conversation_hash, pools.held_out))})
     return StageResult(
-        rows_in=len(examples) + len(pairs),
+        rows_in=rows_in,
         rows_out=rows_out,
-        dropped=unused(examples, pairs, components, pools),
-        facts={**pools.facts(components), "eval_seal": eval_seal(pools.eval)},
+        dropped=unused(rows_in, components, pools),
+        facts={**pools.facts(components), "eval_seal": eval_seal(sealed)},
     )
 
 
@@ -74,18 +77,18 @@ def conversation_hash(conversation_id: str) -> str:
 
 @dataclass
 class Pools:
-    """The finished pools.
+    """The finished pools, each sorted by id. Those of prompts hold the ids of prompts and the places of examples that have them.
 
     `places` says in which pool a conversation's component went ("judge": kept for judging, absent: in none), `judge` counts the
     conversations with judge pairs, and `held_out` are the ids that nothing may train on.
     """
 
-    sft: list[Example] = field(default_factory=list)
-    rlaif: list[Prompt] = field(default_factory=list)
-    rlhf: list[Prompt] = field(default_factory=list)
-    eval: list[Example] = field(default_factory=list)
-    grader_pairs: list[OutcomePair] = field(default_factory=list)
-    judge_pairs: list[OutcomePair] = field(default_factory=list)
+    sft: list[Entry] = field(default_factory=list)
+    rlaif: list[Entry] = field(default_factory=list)
+    rlhf: list[Entry] = field(default_factory=list)
+    eval: list[Entry] = field(default_factory=list)
+    grader_pairs: list[Entry] = field(default_factory=list)
+    judge_pairs: list[Entry] = field(default_factory=list)
     places: dict[Key, str] = field(default_factory=dict)
     held_out: set[str] = field(default_factory=set)
     judge: int = 0
@@ -121,7 +124,7 @@ class Pools:
             "persuadees": _persuadees(components, keys),
         }
 
-    def _rows(self) -> dict[str, Sequence[Example] | Sequence[Prompt]]:
+    def _rows(self) -> dict[str, list[Entry]]:
         return {"sft": self.sft, "rlaif": self.rlaif, "rlhf": self.rlhf, "eval": self.eval}
 
 
@@ -189,10 +192,11 @@ def split(components: Sequence[Component], section: PoolsSection, seed: int) -> 
     return pools
 
 
-def unused(
-    examples: Sequence[Example], pairs: Sequence[OutcomePair], components: Sequence[Component], pools: Pools
-) -> dict[str, int]:
-    """Rows that went into the stage and not out of it, by reason. A prompt stands for one example, whatever number share its context."""
+def unused(rows_in: int, components: Sequence[Component], pools: Pools) -> dict[str, int]:
+    """Of the rows that went into the stage those that did not come out, by reason.
+
+    A prompt stands for one example, whatever number share its context.
+    """
     kept = {row.id for rows in (pools.sft, pools.eval, pools.grader_pairs, pools.judge_pairs) for row in rows}
     prompts = {prompt.id for prompt in (*pools.rlaif, *pools.rlhf)}
     dropped: Counter[str] = Counter()
@@ -206,12 +210,12 @@ def unused(
         for example in conversation.examples:
             if example.id in kept:
                 continue
-            if place in ("rlaif", "rlhf") and (prompt := example.prompt().id) in prompts:
-                prompts.remove(prompt)
+            if place in ("rlaif", "rlhf") and example.prompt in prompts:
+                prompts.remove(example.prompt)
             else:
                 dropped[f"example of {where}, not drawn"] += 1
         dropped[f"pair of {where}"] += sum(pair.id not in kept for pair in conversation.pairs)
-    dropped["row that occurs twice"] = len(examples) + len(pairs) - rows
+    dropped["row that occurs twice"] = rows_in - rows
     return dict(sorted((+dropped).items()))
 
 
@@ -296,7 +300,7 @@ def apportion(total: int, weights: Counter[str]) -> dict[str, int]:
     return seats
 
 
-def _sft(free: Sequence[Component], size: int | str, seed: int) -> tuple[list[Example], list[Component]]:
+def _sft(free: Sequence[Component], size: int | str, seed: int) -> tuple[list[Entry], list[Component]]:
     """The SFT examples, and the components none of whose conversations they use.
 
     Replies that persuaded come first; then every conversation gives its first example before any gives its second.
@@ -314,7 +318,7 @@ def _sft(free: Sequence[Component], size: int | str, seed: int) -> tuple[list[Ex
     else:
         conversations = Counter(c.corpus for c in free for each in c.conversations if each.replied)
         shares = apportion(int(size), conversations)
-        chosen, passed = list[Example](), list[Example]()
+        chosen, passed = list[Entry](), list[Entry]()
         for _, _, example in candidates:
             room = shares.get(example.corpus, 0) > 0
             (chosen if room else passed).append(example)
@@ -363,9 +367,9 @@ def _first(
     return sorted(conversations, key=lambda c: (before(c), derive_seed(seed, purpose, *c.key)))[:most]
 
 
-def _ranked(rows: Sequence[Drawn], seed: int, purpose: str) -> list[Drawn]:
+def _ranked(rows: Sequence[Entry], seed: int, purpose: str) -> list[Entry]:
     return sorted(rows, key=lambda row: derive_seed(seed, purpose, row.id))
 
 
-def _draw(rows: Sequence[Drawn], seed: int, purpose: str) -> Drawn:
+def _draw(rows: Sequence[Entry], seed: int, purpose: str) -> Entry:
     return _ranked(rows, seed, purpose)[0]

@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, Literal, TextIO, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -325,15 +326,62 @@ class _Window:
 def read_rows(path: Path, kind: type[RowType]) -> Iterator[RowType]:
     """Yield the typed rows of a file. Raises UserError with file, line and field."""
     for number, value in read_json_lines(path):
-        try:
-            yield kind.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "row"
-            raise UserError(
-                f"{path}, line {number}: not a valid {kind.__name__} row: {where}: {first['msg']}. "
-                "The file was changed, or made by another version: run the stage that writes it again."
-            ) from error
+        yield _typed(value, kind, f"{path}, line {number}")
+
+
+def _typed(value: Any, kind: type[RowType], where: str) -> RowType:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "row"
+        raise UserError(
+            f"{where}: not a valid {kind.__name__} row: {place}: {first['msg']}. "
+            "The file was changed, or made by another version: run the stage that writes it again."
+        ) from error
+
+
+class RowFile(Sequence[RowType]):
+    """The typed rows of a file as a sequence that is read when it is asked for: eight bytes a row are in memory, where it begins.
+
+    Use it in a `with`. Raises UserError with file, line and field, for a broken row when it is read.
+    """
+
+    def __init__(self, path: Path, kind: type[RowType]):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist. Check the path, or make the file with the stage that writes it.")
+        self.path, self.kind = path, kind
+        self._begins = array("Q")
+        self._handle = path.open("rb")
+        place = 0
+        for raw in self._handle:
+            if raw.strip():
+                self._begins.append(place)
+            place += len(raw)
+
+    def __enter__(self) -> RowFile[RowType]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.close()
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __iter__(self) -> Iterator[RowType]:
+        return read_rows(self.path, self.kind)
+
+    @overload
+    def __getitem__(self, number: int) -> RowType: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[RowType]: ...
+
+    def __getitem__(self, number: int | slice) -> RowType | list[RowType]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        self._handle.seek(self._begins[number])
+        return _typed(_line_value(self._handle.readline()), self.kind, f"{self.path}, row {number + 1}")
 
 
 @contextmanager
