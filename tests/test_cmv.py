@@ -84,6 +84,12 @@ def replies(folder: Path) -> list[str]:
             "UPDATE - view changed\n\nThe long post itself, which goes on and on and on.",
             "The long post itself, which goes on and on and on.",
         ),
+        ("A point that is long enough to count.\n\nEdit2: Additional information", "A point that is long enough to count."),
+        ("A point that is long enough to count.  edit i have no scales", "A point that is long enough to count."),
+        (
+            "A point that is long enough to count.\n\nEdit[1] thanks to a friend who knows",
+            "A point that is long enough to count.",
+        ),
         ("I like it (edit: fixed a typo) a lot", "I like it a lot"),
         ("The edit button is missing. Editors edit: that is their job, is it not so, and they do it daily.", None),
         ("You are right.\n\n!delta", "You are right."),
@@ -121,9 +127,20 @@ def test_clean(raw: str, wanted: str | None) -> None:
         "Thanks everyone for the discussion",
         "You have all made excellent points",
         "This is a footnote from your moderators",
+        "MODIFICATION OF MY VIEW credit to /u/somebody:",
+        "So I guess I'd like to amend my CMV to bread in general",
+        "After some discussion, I now realize that it depends on the loaf",
+        "I still like scales, but I now see that they cost something",
+        "I now believe that loaves will do",
+        "Thank you to /u/somebody for pointing out a better word",
+        "[Response to your replies]: scales are cheap",
+        "A lot of you have pointed out that scales cost money",
+        "Wow, thank you for the gold!! :)",
+        "Some of you guys have had the best arguments I've yet heard",
     ],
 )
 def test_leaks_are_found(text: str) -> None:
+    text = clean(text)
     assert leaks(text)
     assert leaks(f"Some words before.\n\n{text}\n\nSome after.")
 
@@ -141,6 +158,9 @@ def test_leaks_are_found(text: str) -> None:
         "The law was changed in 1990 and opinions differ.",
         "Thanks in advance for your replies!",
         "Thanks to everyone who reads this, in advance.",
+        "Now I understand that some people like scales.",
+        "I used to buy loaves, and I now buy flour. Thank you for the golden loaf.",
+        "Many of you have ovens. I amended my recipe twice.",
         "I am convinced that bread is good, and nobody can convince me of less.",
     ],
 )

@@ -31,8 +31,8 @@ _EDIT_WORDS = ("edit", "update", "eta:", "eta ", "addendum")
 _EDIT = re.compile(
     r"(?:^|(?<=\n)|(?<=[ ]{2})|(?<=[.!?)\]*] ))[ \t]*[>*_#~\[(=/-]*[ \t]*"  # where a line or a sentence begins
     r"(?:(?:another|more|final|last|big|not-so|quick|small|second|first|third|late|important|decision|ninja|yet)[ \t]+)*"
-    r"(?:edit(?:ed|s)?|update(?:d|s)?|eta|addendum)\b(?![ \t]+(?:war|button|history|wikipedia|your|the|out|a)\b)"
-    r"[^\n:.,!?-]{0,30}(?:[*_\])]*[ \t]*[:.,!?*_–—\n-]|$)",
+    r"(?:edit(?:ed|s)?|update(?:d|s)?|eta|addendum)(?:\d|\[\d\])?(?!\w)(?![ \t]+(?:war|button|history|wikipedia|your|the|out|a)\b)"
+    r"(?:[^\n:.,!?-]{0,30}(?:[*_\])]*[ \t]*[:.,!?*_–—\n-]|$)|[ \t]+(?:i|thanks?|thank you)\b)",
     re.IGNORECASE,
 )
 _EDIT_ASIDE = re.compile(r"[ \t]*[(\[][*_ ]*(?:edit(?:ed)?|update)\b[^()\[\]]*[)\]]", re.IGNORECASE)
@@ -71,6 +71,18 @@ _LEAKS = (
             rf"|(?:^|[.!?:;*\n(,])[ \t]*(?:(?:my|your|his|her|their|ops?'?s?)\s+)?{_OPINION}\s+{_ADVERB}*(?:been\s+)?{_CHANGED}\b"
             rf"|\bview[- ]change:|\b(?:was|is) (?:my )?view changed\b"
             rf"|\b(?:had|gotten|got)\s+(?:my|your|his|her|their)\s+{_OPINION}\s+{_ADVERB}*{_CHANGED}\b",
+            re.IGNORECASE,
+        ),
+    ),
+    # "MODIFICATION OF MY VIEW", "I would like to amend my CMV", "after some discussion I now see": a view that changed in part
+    (
+        "view changed",
+        (("modif", "amend", "revise", "now i ", "i now "),),
+        re.compile(
+            rf"\bmodif(?:ication|ications|ied version) (?:of|to) my {_OPINION}\b"
+            rf"|\b(?:modif(?:y|ied)|amend(?:ed)?|revised?) my (?:\w+ )?(?:cmv|{_OPINION})\b"
+            r"|\b(?:but|although|though|discussion,?) (?:now i|i now) (?:see|reali[sz]e|know|understand|believe|think)\b"
+            r"|(?:^|\n)[ \t]*i now (?:see|reali[sz]e|understand|believe)\b",
             re.IGNORECASE,
         ),
     ),
@@ -113,8 +125,12 @@ _LEAKS = (
     # "thanks everyone", "you all made good points": words of a poster who looks back
     (
         "looking back",
-        (("thank", "points"),),
+        (("thank", "points", "credit to", "pointed out", "so many", "of you ", "replies"),),
         re.compile(
+            r"\bthank(?:s|\s+you)\b[^.!?\n]{0,20} \[user\]|\bcredit to \[user\]"
+            r"|\bthank(?:s|\s+you)(?:\s+so much)? for (?:the|my first) (?:reddit )?gold\b"
+            r"|\bresponse to your (?:replies|comments)\b|\breplies so far\b|\bbecause so many (?:of you|people) have asked\b"
+            r"|\b(?:some|many|most|a lot) of you (?:guys )?(?:have|'ve) (?:\w+ly )?(?:pointed out|had the best|made (?:\w+ ){0,2}points)\b|"
             r"\bthank(?:s|\s+you)(?:\s+so much|\s+again|\s+to)*\s+(?:all|everyone|everybody|y'?all|you\s+(?:all|guys)|those)\b(?![^.!?\n]*\badvance)"
             r"|\bthank(?:s|\s+you)(?:\s+so much)?\s+for\s+all\b(?![^.!?\n]*\badvance)"
             r"|\byou(?:'ve| guys|\s+have|\s+all)*\s+(?:made|raised|brought up|given me)\s+(?:\w+\s+){0,3}(?:good|great|excellent|compelling|valid)\s+points",
