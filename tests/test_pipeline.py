@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import Forked
 
 from suasion.errors import UsageError, UserError
 from suasion.pipeline import how_it_computes, needs_people, run, stages, what_it_reads
@@ -268,13 +269,8 @@ def test_an_unfinished_attempt_with_other_settings_is_set_aside(recipe, tmp_path
 # Kill -9, again and again.
 
 
-def start(recipe_file: Path, runs: Path) -> subprocess.Popen:
-    """The run in a process of its own. Where the tests themselves run in the background, SIGINT is ignored and that is inherited."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "suasion.cli", "--threads", "1", "run", str(recipe_file), "--runs", str(runs)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+def start(recipe_file: Path, runs: Path) -> Forked:
+    return Forked(["run", str(recipe_file), "--runs", str(runs)], runs.with_suffix(".log"))
 
 
 def work_to_resume(folder: Path, stage: str) -> bool:
@@ -297,8 +293,8 @@ def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path) -> tuple[
         while process.poll() is None and directory.state(stage.name) != "complete" and not work_to_resume(folder, stage.name):
             time.sleep(0.002)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        printed += process.communicate()[0]
+            process.kill()
+        printed += process.wait(60)
         if directory.state(stage.name) == "unfinished":
             hit.append(stage.name)
     return hit, printed
@@ -306,8 +302,8 @@ def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path) -> tuple[
 
 def finish(recipe_file: Path, runs: Path) -> str:
     process = start(recipe_file, runs)
-    output, _ = process.communicate(timeout=3600)
-    assert process.returncode == 0, output
+    output = process.wait(3600)
+    assert process.poll() == 0, output
     return output
 
 
@@ -338,7 +334,11 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_summary(recipe, tmp_path
 def test_interrupt_says_what_to_do_and_exits_130(tmp_path, recipe):
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_recipe(recipe))
-    process = start(file, tmp_path / "runs")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "suasion.cli", "--threads", "1", "run", str(file), "--runs", str(tmp_path / "runs")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it, which is inherited
+    )  # fmt: skip
     while process.poll() is None and not (tmp_path / "runs" / "tiny" / "03-sft").exists():
         time.sleep(0.01)
     time.sleep(0.3)

@@ -431,14 +431,15 @@ def _tiny_tokenizer() -> Any:
 
 
 def _publish(target: Path, model: Any, tokenizer: Any) -> None:
-    """Save beside the target and rename, so that a killed process leaves no half model."""
+    """Save beside the target and rename: a killed process leaves no half model, and of two at once the first one's stays."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
         (temporary / "complete").touch()
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
+        if not (target / "complete").is_file():
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -13,7 +13,7 @@ SYSTEM_PROMPT = (
     "uncertain, and never manipulate, threaten, flatter or invent facts."
 )
 
-CPU_TOKENS, GPU_TOKENS = 1024, 4096  # a processor is busy with few tokens; attention over a packed row grows with its square
+CPU_TOKENS, GPU_TOKENS = 512, 4096  # a processor is busy with few tokens; attention over a packed row grows with its square
 
 
 class ModelSection(Section):
@@ -58,7 +58,7 @@ class TrainingSection(Section):
     micro_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens per forward pass, whole rows packed; a longer row stands alone. None: 1,024 on a CPU, 4,096 on a GPU. Changes "
+        description="Tokens per forward pass, whole rows packed; a longer row stands alone. None: 512 on a CPU, 4,096 on a GPU. Changes "
         "memory and speed, not results.",
     )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate.")
