@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from suasion.errors import UserError
 from suasion.pipeline import needs_people, recipe_slice, stages
 from suasion.pools import eval_seal
@@ -19,7 +21,7 @@ from suasion.recipe import Recipe, dump_recipe
 from suasion.records import Example, OutcomePair, Preference, Prompt, Response, read_json_lines, read_rows, sha256_file
 from suasion.rundir import Manifest, RunDir, relative_files
 from suasion.status import load_run
-from suasion.training.losses import FIRST_LOSS_TOLERANCE, logprob_tolerance, zero_margin_loss
+from suasion.training.losses import logprob_tolerance, loss_rounding, zero_margin_loss
 
 ONE_TO_ONE = ("sft", "sample")  # with the dpo arms: stages in which every row in is a row out or dropped
 ROWS_OUT = {"sample": "pairs.jsonl", "ai-labels": "verdicts.jsonl", "evaluate": "verdicts.jsonl", "dpo": "reference.jsonl"}
@@ -201,6 +203,11 @@ def _lineage(directory: RunDir, recipe: Recipe, base: str, model: str) -> str:
     return lineage_hash(base, [directory.folder(name) / "adapter" for name in adapter_stages(recipe, model)])
 
 
+def _length(response: Response) -> float:
+    """Tokens of a response; where its ids are not known, no fewer than it has."""
+    return float(len(response.tokens or response.text.encode()))
+
+
 def _losses(directory: RunDir, recipe: Recipe, manifests: dict[str, Manifest]) -> Iterator[str]:
     """The first loss of an arm equals its value at zero margin where policy and reference are one model, and stored log-probs agree."""
     for arm in recipe.dpo:
@@ -209,9 +216,11 @@ def _losses(directory: RunDir, recipe: Recipe, manifests: dict[str, Manifest]) -
             continue
         metrics = (directory.folder(f"dpo-{arm.name}") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         expected, first = zero_margin_loss(arm.loss, arm.beta), json.loads(metrics[0])["loss"]
-        if abs(first - expected) > FIRST_LOSS_TOLERANCE[manifest.dtype] * max(1.0, expected):
-            yield f"dpo {arm.name}: first loss {first:.6f}, expected {expected:.6f}"
-        rows = read_rows(directory.folder("preferences") / f"{arm.name}.jsonl", Preference)
+        rows = list(read_rows(directory.folder("preferences") / f"{arm.name}.jsonl", Preference))
+        lengths = torch.tensor([[_length(row.chosen), _length(row.rejected)] for row in rows])
+        rounding = loss_rounding(lengths, manifest.dtype, arm.loss, arm.beta).max().item() / min(len(rows), arm.batch_size) ** 0.5
+        if abs(first - expected) > rounding:
+            yield f"dpo {arm.name}: first loss {first:.6f}, expected {expected:.6f} within {rounding:.6f}"
         reference = {row["id"]: row for _, row in read_json_lines(directory.folder(f"dpo-{arm.name}") / "reference.jsonl")}
         for row in rows:
             for side, response in (("chosen", row.chosen), ("rejected", row.rejected)):

@@ -32,7 +32,14 @@ from suasion.rundir import StageContext, StageResult
 from suasion.sections.training import DpoArm
 from suasion.seeding import derive_seed
 from suasion.training.loop import arguments, optimiser_steps, speed_file, train
-from suasion.training.losses import FIRST_LOSS_TOLERANCE, effective_logprobs, logprob_tolerance, soft_loss, zero_margin_loss
+from suasion.training.losses import (
+    effective_logprobs,
+    logprob_rounding,
+    logprob_tolerance,
+    loss_rounding,
+    soft_loss,
+    zero_margin_loss,
+)
 from suasion.training.pairs import Logprobs, PairIds, baselines, pair_ids, score
 from suasion.training.prefix import reply_logits, token_kl
 from suasion.training.processes import save_trained
@@ -75,7 +82,7 @@ class DpoTrainer(WholeSteps, Trainer):  # type: ignore[misc]
         margins = ratios[:, 0] - ratios[:, 1]
         losses = soft_loss(margins, targets, arm.loss, arm.beta, arm.label_smoothing)
         if self.state.global_step == 0:
-            self._check_first_losses(rows, losses)
+            self._check_first_pass(rows, sums, lengths, losses)
         rewards = arm.beta * ratios.detach()
         margin = rewards[:, 0] - rewards[:, 1]
         # Chosen and rejected apart: a growing margin can hide that both fall. Where the start model wrote both responses, the
@@ -88,14 +95,19 @@ class DpoTrainer(WholeSteps, Trainer):  # type: ignore[misc]
         }  # fmt: skip
         return (losses * weights).sum(), {name: (value.detach() * weights).sum() for name, value in values.items()}
 
-    def _check_first_losses(self, pairs: list[PairIds], losses: torch.Tensor) -> None:
-        """Before the first update every loss is known; another value means another reference, and nothing may be learned from it."""
-        for pair, loss in zip(pairs, losses.tolist(), strict=True):
-            if not abs(loss - pair.first_loss) <= FIRST_LOSS_TOLERANCE[self.hardware.dtype] * max(1.0, pair.first_loss):
+    def _check_first_pass(self, pairs: list[PairIds], sums: torch.Tensor, lengths: torch.Tensor, losses: torch.Tensor) -> None:
+        """Before the first update every log-probability and loss is known; others mean another model, and nothing may be learned from it."""
+        arm, dtype = self.arm, self.hardware.dtype
+        known = torch.tensor([(pair.start or _known(pair)).sums() for pair in pairs], device=sums.device, dtype=sums.dtype)
+        gaps = (sums.detach() - known).abs() - logprob_rounding(lengths, dtype)
+        allowed = loss_rounding(lengths, dtype, arm.loss, arm.beta).tolist()
+        for pair, gap, loss, tolerance in zip(pairs, gaps.amax(1).tolist(), losses.tolist(), allowed, strict=True):
+            if not (gap <= 0 and abs(loss - pair.first_loss) <= tolerance):
                 raise UserError(
-                    f"dpo {self.arm.name}: the first loss of preference {pair.id} is {loss:.6f}, the start and reference models give "
-                    f"{pair.first_loss:.6f}. The reference is not the one that the recipe names: nothing was trained. Run again with "
-                    f"--redo dpo-{self.arm.name}; if it stays, report it as a defect."
+                    f"dpo {arm.name}: the first loss of preference {pair.id} is {loss:.6f}, the start and reference models give "
+                    f"{pair.first_loss:.6f}, and its log-probabilities are {max(gap, 0):.2f} nats further away than rounding explains. The "
+                    f"reference is not the one that the recipe names: nothing was trained. Run again with --redo dpo-{arm.name}; if it stays, "
+                    "report it as a defect."
                 )
 
 
@@ -211,7 +223,7 @@ def with_reference(pair: PairIds, reference: Logprobs, started: Logprobs, arm: D
     ratios = effective_logprobs(sums, heads, lengths, arm.loss, arm.length_alpha)
     targets = torch.tensor([pair.target], dtype=torch.float64)
     loss = soft_loss(ratios[:, 0] - ratios[:, 1], targets, arm.loss, arm.beta, arm.label_smoothing)
-    return replace(pair, reference=reference, first_loss=float(loss))
+    return replace(pair, reference=reference, start=started, first_loss=float(loss))
 
 
 def print_baselines(arm: str, baseline: dict[str, float], pairs: int) -> None:

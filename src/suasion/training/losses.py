@@ -13,7 +13,10 @@ import torch.nn.functional as F
 
 from suasion.sections.sampling import EndpointEngine, SampleSection
 
-FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+# Standard deviation of log p(one token) between two passes that pack differently, in nats. bf16: .0405 over 32 responses of the bundled
+# model after SFT (docs/LOG.md), where another model is .2 nats a token away. Tokens err independently: a reply's sum by sqrt(n) of it.
+PASS_ROUNDING = {"float32": 1e-4, "bfloat16": 0.04}
+SIGMAS = 5
 LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token, stored while sampling against the reference pass
 
 
@@ -21,6 +24,20 @@ def logprob_tolerance(dtype: str, sampling: SampleSection) -> float:
     """Nats a token by which a stored log-probability may differ from a later pass; servers compute in types of their own."""
     own = LOGPROB_TOLERANCE[dtype]
     return max(own, sampling.engine.parity_tolerance) if isinstance(sampling.engine, EndpointEngine) else own
+
+
+def logprob_rounding(lengths: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Nats by which the log-probability of a reply of so many tokens may differ between two passes of one model."""
+    return SIGMAS * PASS_ROUNDING[dtype] * lengths.sqrt()
+
+
+def loss_rounding(lengths: torch.Tensor, dtype: str, loss: str, beta: float) -> torch.Tensor:
+    """By how much a pair's first loss may differ from what the stored log-probabilities give. lengths: [n, 2] tokens; returns [n].
+
+    The margin's rounding times the steepest slope that the loss has there: beta, or 1/beta for IPO at zero margin.
+    """
+    terms = 1 / lengths if loss == "length-normalised" else lengths
+    return logprob_rounding(terms.sum(1), dtype) * (1 / beta if loss == "ipo" else beta)
 
 
 def effective_logprobs(

@@ -48,6 +48,7 @@ class PairIds:
     target: float = 1.0  # probability that the chosen response is the better one; 1 unless the arm takes soft labels
     finishes: tuple[str, str] = ("stop", "stop")  # how chosen and rejected ended
     reference: Logprobs | None = None
+    start: Logprobs | None = None  # the start model's, which is what the policy must give before its first update
     first_loss: float = 0.0  # what the loss must be while the fresh adapter changes nothing
 
     @property
