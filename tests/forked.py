@@ -27,11 +27,11 @@ _context.set_forkserver_preload(
 
 
 class Forked:
-    """A command of suasion that runs with one thread; what it prints goes to a file."""
+    """A command of suasion; what it prints goes to a file."""
 
-    def __init__(self, arguments: list[str], log: Path):
+    def __init__(self, arguments: list[str], log: Path, threads: int = 1):
         self.log = log
-        self._process = _context.Process(target=_main, args=(arguments, str(log)))
+        self._process = _context.Process(target=_main, args=(arguments, str(log), threads))
         self._process.start()
 
     def poll(self) -> int | None:
@@ -51,7 +51,7 @@ class Forked:
         return self.log.read_text()
 
 
-def _main(arguments: list[str], log: str) -> None:
+def _main(arguments: list[str], log: str, threads: int) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -59,6 +59,6 @@ def _main(arguments: list[str], log: str) -> None:
 
     from suasion.cli import main
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     sys.argv = ["suasion", *arguments]
     main()

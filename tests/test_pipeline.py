@@ -269,8 +269,8 @@ def test_an_unfinished_attempt_with_other_settings_is_set_aside(recipe, tmp_path
 # Kill -9, again and again.
 
 
-def start(recipe_file: Path, runs: Path) -> Forked:
-    return Forked(["run", str(recipe_file), "--runs", str(runs)], runs.with_suffix(".log"))
+def start(recipe_file: Path, runs: Path, threads: int) -> Forked:
+    return Forked(["run", str(recipe_file), "--runs", str(runs)], runs.with_suffix(".log"), threads)
 
 
 def work_to_resume(folder: Path, stage: str) -> bool:
@@ -283,12 +283,12 @@ def work_to_resume(folder: Path, stage: str) -> bool:
     return (folder / "attempt.json").is_file()
 
 
-def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path) -> tuple[list[str], str]:
+def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path, threads: int = 1) -> tuple[list[str], str]:
     """Kill the run with SIGKILL once each stage in turn has work to resume. Returns the stages hit, and all that was printed."""
     directory = directory_of(runs / recipe.name, recipe)
     hit, printed = [], ""
     for stage in stages(recipe):
-        process = start(recipe_file, runs)
+        process = start(recipe_file, runs, threads)
         folder = directory.folder(stage.name)
         while process.poll() is None and directory.state(stage.name) != "complete" and not work_to_resume(folder, stage.name):
             time.sleep(0.002)
@@ -300,11 +300,26 @@ def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path) -> tuple[
     return hit, printed
 
 
-def finish(recipe_file: Path, runs: Path) -> str:
-    process = start(recipe_file, runs)
+def finish(recipe_file: Path, runs: Path, threads: int = 1) -> str:
+    process = start(recipe_file, runs, threads)
     output = process.wait(3600)
     assert process.poll() == 0, output
     return output
+
+
+def same_results(recipe: Recipe, undisturbed: Path, killed: Path) -> None:
+    """Both runs end with the same summary and the same manifests, and the killed one is sound."""
+    summary = Path(recipe.name, "09-evaluate", "summary.json")
+    assert (killed / summary).read_bytes() == (undisturbed / summary).read_bytes()
+    assert verify_run(killed / recipe.name)[0] == []
+    for stage in stages(recipe):
+        one, other = (json.loads((runs / recipe.name / stage.folder / MANIFEST).read_text()) for runs in (undisturbed, killed))
+        if stage.name == "report":  # it tells hours: its page, its paper and that table differ, and nothing else
+            for manifest in (one, other):
+                for file in ("index.html", "report.md", "tables/hours.csv"):
+                    del manifest["outputs"][file]
+                del manifest["digest"]
+        assert one == other, f"{stage.name} differs after kills"
 
 
 def test_a_run_killed_in_every_stage_ends_with_the_same_summary(recipe, tmp_path):
@@ -319,16 +334,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_summary(recipe, tmp_path
     printed += finish(file, killed)
     for name in heavy & set(hit):
         assert f"{name} (resumed)" in printed
-    assert (killed / "tiny/09-evaluate/summary.json").read_bytes() == (undisturbed / "tiny/09-evaluate/summary.json").read_bytes()
-    assert verify_run(killed / "tiny")[0] == []
-    for stage in stages(small):
-        one, other = (json.loads((runs / "tiny" / stage.folder / MANIFEST).read_text()) for runs in (undisturbed, killed))
-        if stage.name == "report":  # it tells hours: its page, its paper and that table differ, and nothing else
-            for manifest in (one, other):
-                for file in ("index.html", "report.md", "tables/hours.csv"):
-                    del manifest["outputs"][file]
-                del manifest["digest"]
-        assert one == other, f"{stage.name} differs after kills"
+    same_results(small, undisturbed, killed)
 
 
 def test_interrupt_says_what_to_do_and_exits_130(tmp_path, recipe):

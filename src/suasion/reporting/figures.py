@@ -322,6 +322,8 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 def finished(figure: Figure, name: str, title: str, alt: str) -> Drawing:
     """The figure as a Drawing: equal figures have equal bytes."""
     svg, png = io.BytesIO(), io.BytesIO()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, not again for each format
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
     return Drawing(name, title, alt, svg.getvalue(), png.getvalue())
