@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from suasion.errors import UserError
 from suasion.training.losses import effective_logprobs, preference_loss, soft_loss, zero_margin_loss
 from suasion.training.prefix import pack, reply_logits, sum_by_reply, sum_logprobs, token_kl, within
 
@@ -175,6 +176,40 @@ def test_the_mask_lets_a_token_see_its_prompt_and_its_own_reply(parts):
     blocks = packed.block_mask()
     size = torch.arange(len(owners))
     assert blocks.mask_mod(0, 0, size[:, None], size[None, :]).tolist() == expected
+
+
+def windowed(kind: str):
+    """A model whose layers see a window, all of them or every other one."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+    if kind == "every other":
+        layers = ["sliding_attention", "full_attention"] * 2
+        return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_hidden_layers=4, sliding_window=5, layer_types=layers)).eval()
+    return MistralForCausalLM(MistralConfig(**sizes, num_hidden_layers=2, sliding_window=5)).eval()
+
+
+@pytest.mark.parametrize("kind", ["every other", "all"])
+def test_layers_with_a_window_see_no_further_than_without_packing(kind):
+    """A mask that is given whole is taken as it is: without the window in it, training would see more than sampling does."""
+    model = windowed(kind)
+    parts = [(list(range(1, 15)), [list(range(20, 32)), [5, 6]]), ([7, 8], [[9], list(range(30, 45))])]
+    packed = pack(parts)
+    with torch.no_grad():
+        ours = sum_logprobs(reply_logits(model, packed), packed)
+        theirs = torch.stack([plain_logprob(model, prompt, reply) for prompt, replies in parts for reply in replies])
+        model.config.sliding_window = 1000
+        unwindowed = sum_logprobs(reply_logits(model, packed), packed)
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (ours - unwindowed).abs().max() > 1e-2  # or nothing was tested
+
+
+def test_layers_that_no_mask_keeps_apart_are_refused():
+    """A layer with a state that runs through the row would carry one pair into the next."""
+    packed = pack([([1], [[2]])])
+    model = windowed("every other")
+    model.config.layer_types = ["linear_attention", "full_attention"] * 2
+    with pytest.raises(UserError, match="layers of kind linear_attention"):
+        packed.mask_for(model)
 
 
 def test_flex_attention_gives_the_same_logprobs():

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import small_training
@@ -426,9 +427,97 @@ def test_a_loss_that_is_no_number_stops_with_advice(tiny, sft_adapter, tmp_path,
         run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", preference_pairs())
 
 
-def test_flex_attention_off_the_gpu_is_refused(tiny):
+def test_flex_attention_off_the_gpu_is_refused_and_auto_is_sdpa_there(tiny):
     with pytest.raises(UserError, match="GPU only"):
         load_policy(Lineage(tiny.model_copy(update={"attention": "flex"})), LORA, 0)
+    assert tiny.attention == "auto"
+    assert load_policy(Lineage(tiny), LORA, 0).config._attn_implementation == "sdpa"
+
+
+def test_another_attention_is_taken_only_where_it_computes_what_sdpa_does(tiny, monkeypatch):
+    """With eager attention in the place of FlexAttention, which cannot train on a CPU; and with one that looks where it must not."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from suasion.training import attention
+
+    policy = load_policy(Lineage(tiny), LoraSection(r=4, dropout=0.5), 0)
+    state = torch.random.get_rng_state()
+    assert attention.try_attention(policy, CPU, "eager") == ""
+    assert policy.config._attn_implementation == "eager"
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+    def blind(module, query, key, value, mask, **kwargs):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "blind", blind)
+    assert "differs by" in attention.try_attention(policy, CPU, "blind")
+    assert policy.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_flex_attention_cannot_train_sdpa_stays(tiny, dtype):
+    """On a CPU it has no backward: the trial says so, and leaves a model that trains."""
+    from suasion.training import attention
+
+    attention._register()
+    policy = load_policy(Lineage(tiny), LORA, 0)
+    assert attention.try_attention(policy, Compute("cpu", dtype, 2), attention.FLEX) != ""
+    assert policy.config._attn_implementation == "sdpa"
+    score(policy, preference_pairs(1), CPU)[0].sum().backward()
+
+
+def test_flex_attention_computes_in_autocasts_type(tiny, monkeypatch):
+    """Queries and keys leave the rotation in fp32 although compute is bf16; SDPA rounds them by itself, FlexAttention does not."""
+    from suasion.training import attention
+
+    seen = []
+
+    def watch(query, key, value, *args, **kwargs):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        raise RuntimeError("seen enough")
+
+    from transformers.integrations import flex_attention as theirs
+
+    attention._register()
+    model = load_merged(Lineage(tiny))
+    model.set_attn_implementation(attention.FLEX)
+    monkeypatch.setattr(theirs, "compile_friendly_flex_attention", watch)
+    with pytest.raises(RuntimeError, match="seen enough"):
+        score(model, preference_pairs(1), Compute("cpu", "bfloat16", 2))
+    assert seen == [(torch.bfloat16,) * 3]
+
+
+def test_an_empty_preference_file_is_refused_before_any_training(tmp_path):
+    from suasion.recipe import load_recipe
+    from suasion.rundir import Input, StageContext
+    from suasion.training.dpo import run_stage
+
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "tiny.yaml")
+    (tmp_path / "rlaif.jsonl").touch()
+    folder = tmp_path / "08-dpo-rlaif"
+    folder.mkdir()
+    inputs = {Input("preferences", "rlaif.jsonl"): tmp_path / "rlaif.jsonl"}
+    stage = StageContext(recipe, "dpo-rlaif", folder, inputs, tmp_path / "cache", arm="rlaif")
+    with pytest.raises(UserError, match=r"there are no preferences.*counts\.json; nothing was trained"):
+        run_stage(stage)
+    assert not any(folder.iterdir())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, tmp_path):
+    """Ids beyond the table of embeddings would be an index error in the middle of a training, or another row's numbers on a GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from suasion.models import load_tokenizer
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    load_tokenizer(tiny).save_pretrained(tmp_path / "base")
+    section = tiny.model_copy(update={"base": str(tmp_path / "base")})
+    with pytest.raises(UserError, match=r"has 2000 tokens but .* embeds 50: they do not belong together"):
+        load_policy(Lineage(section), LORA, 0)
 
 
 def test_full_fine_tuning_makes_a_new_base(tiny, sft_adapter, tmp_path):

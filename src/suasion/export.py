@@ -3,21 +3,22 @@
 Without --merged: ONE adapter on the original base, exact. A lineage is a sum of low-rank updates, W + s1 B1 A1 + s2 B2 A2 + ..., and
 a sum of products is a product of concatenations: A = [A1; A2; ...], B = [s1 B1, s2 B2, ...]; ranks add up, and the scale is 1.
 With --merged: the weights with every adapter folded in, in fp32, with tokenizer and a generation config that knows the stop token.
-`lineage.json` beside either says what it is made of.
+`lineage.json` beside either says what it is made of. Of a base in 4 bits (`model.quantization: nf4`) the one adapter is exact on that base
+in 4 bits only, and --merged holds the de-quantised weights with every adapter folded in: there it is exact.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from suasion.adapters import read_adapter
 from suasion.chat import Renderer
 from suasion.errors import UsageError, UserError
 from suasion.models import Lineage, adapter_hash, base_hash, is_whole_model, load_merged, load_tokenizer
 from suasion.recipe import Recipe
-from suasion.records import read_json, write_json
+from suasion.records import write_json
 from suasion.rundir import RunDir
 from suasion.training.dpo import adapter_stages
 
@@ -50,6 +51,7 @@ def export(directory: RunDir, recipe: Recipe, model: str, to: Path, merged: bool
         temporary / "lineage.json",
         {
             "model": model, "run": recipe.name, "lineage": lineage.hash, "base": recipe.model.base, "base_hash": base_hash(recipe.model),
+            "quantization": recipe.model.quantization,
             "adapters": [{"stage": name, "hash": adapter_hash(path)} for name, path in zip(names, lineage.adapters, strict=True)],
             "system_prompt": recipe.model.system_prompt, "merged": merged,
         },
@@ -68,7 +70,7 @@ def write_one_adapter(lineage: Lineage, folder: Path) -> None:
         raise UserError(
             "a training of this model changed every weight (lora: null): there is no adapter of it. Write it with --merged."
         )
-    parts = [_read_adapter(path) for path in lineage.adapters]
+    parts = [read_adapter(path) for path in lineage.adapters]
     modules = sorted({name for weights, _ in parts for name in weights})
     rank = sum(config["r"] for _, config in parts)
     tensors: dict[str, torch.Tensor] = {}
@@ -106,24 +108,3 @@ def write_merged(lineage: Lineage, folder: Path) -> None:
     model.generation_config.eos_token_id = [stop, *(token for token in others if token != stop)]
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
-
-
-def _read_adapter(folder: Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Any]]:
-    """module -> (A [r, in], B [out, r]), and the config. Raises UserError for an adapter that is no plain LoRA."""
-    from safetensors.torch import load_file
-
-    config = read_json(folder / "adapter_config.json")
-    special = [
-        key
-        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
-        if config.get(key)
-    ]
-    if config.get("peft_type") != "LORA" or special or config.get("bias", "none") != "none":
-        raise UserError(
-            f"{folder} is no plain LoRA adapter ({', '.join(special) or config.get('peft_type')}): write the model with --merged."
-        )
-    weights = load_file(folder / "adapter_model.safetensors")
-    downs = {name.removesuffix(".lora_A.weight"): value for name, value in weights.items() if name.endswith(".lora_A.weight")}
-    if len(weights) != 2 * len(downs) or not downs:
-        raise UserError(f"{folder}/adapter_model.safetensors holds more than LoRA matrices: write the model with --merged.")
-    return {name: (down, weights[f"{name}.lora_B.weight"]) for name, down in downs.items()}, config

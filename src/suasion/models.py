@@ -4,6 +4,7 @@ Loading merges adapters in fp32, oldest first. A training merges all adapters of
 B matrices are zero: at step 0 the policy *is* its start, and the first DPO loss is its zero-margin value (asserted there).
 Weights stay in fp32; bf16 compute is autocast, because small LoRA updates vanish when they are folded into bf16 weights.
 Full fine-tuning (`lora: null`) leaves whole weights in the place of an adapter: they are a new base for all that comes after.
+A base in 4 bits (four_bit.py) keeps its adapters beside it wherever it is trained or scored.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from typing import Any
 
 import torch
 
+from suasion import four_bit
+from suasion.adapters import hold_beside
 from suasion.errors import UserError
 from suasion.records import canonical_json, content_id, read_json, sha256_file, write_json
 from suasion.rundir import cache_dir
 from suasion.sections.training import LoraSection, ModelSection
 from suasion.seeding import derive_seed
+from suasion.training.prefix import FLEX
 
 BUNDLED = "bundled:smollm2-135m-instruct"
 TINY = "random:tiny"
@@ -131,16 +135,24 @@ def load_tokenizer(section: ModelSection) -> Any:
 
 
 def load_base(section: ModelSection) -> Any:
-    """The base model in fp32, in eval mode. Raises UserError where the tokenizer has more tokens than the model."""
+    """The base model in fp32 (or 4 bits, where the recipe says so), in eval mode.
+
+    Raises UserError where the tokenizer has more tokens than the model, or 4 bits are asked for and cannot be had.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        base_folder(section),
-        dtype=torch.float32,
-        attn_implementation="sdpa" if section.attention == "flex" else section.attention,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    folder = base_folder(section)
+    if section.quantization:
+        hardware = compute(section)
+        model = four_bit.load(folder, hardware.device, hardware.dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager" if section.attention == "eager" else "sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     tokens = len(load_tokenizer(section))
     if tokens > rows:
@@ -172,10 +184,15 @@ def lineage_hash(base: str, adapters: Sequence[Path]) -> str:
 
 
 def load_merged(lineage: Lineage, device: str = "cpu") -> Any:
-    """The model with every adapter folded into its fp32 weights: what is a reference, and what samples in fp32."""
+    """The model with every adapter folded into its fp32 weights: what is a reference, and what samples in fp32.
+
+    Of a base in 4 bits, folded into the de-quantised weights.
+    """
     from peft import PeftModel
 
     model = load_base(lineage.base)
+    if lineage.base.quantization:
+        model = four_bit.dequantised(model)
     for adapter in lineage.adapters:
         if is_whole_model(adapter):
             model = _load_whole(adapter, lineage.base, model)
@@ -185,6 +202,17 @@ def load_merged(lineage: Lineage, device: str = "cpu") -> Any:
     return model.to(device).eval()
 
 
+def load_to_score(lineage: Lineage, device: str = "cpu") -> Any:
+    """The model as a reference and as trainings start from it: `load_merged`, but a base in 4 bits stays so, its adapters beside it."""
+    if not lineage.base.quantization:
+        return load_merged(lineage, device)
+    model = load_base(lineage.base)
+    for adapter in lineage.adapters:
+        check_adapter(adapter, model, lineage.base.base)
+        hold_beside(model, adapter)
+    return model.eval()
+
+
 def load_to_sample(lineage: Lineage, hardware: Compute) -> Any:
     """The model as it decodes. In bf16 compute that is exactly the model that was trained: the newest adapter beside the weights, not in
     them. Folded in and rounded it is another rounding of the same model, 1e-3 nats a token away (docs/LOG.md). In fp32 adapters are folded
@@ -192,6 +220,8 @@ def load_to_sample(lineage: Lineage, hardware: Compute) -> Any:
     """
     from peft import PeftModel
 
+    if lineage.base.quantization and hardware.dtype == "bfloat16":
+        return round_for_decoding(load_to_score(lineage, hardware.device), hardware)
     if hardware.dtype != "bfloat16" or not lineage.adapters:
         return round_for_decoding(load_merged(lineage, hardware.device), hardware)
     *older, newest = lineage.adapters
@@ -204,9 +234,12 @@ def load_to_sample(lineage: Lineage, hardware: Compute) -> Any:
 
 def as_it_samples(policy: Any, hardware: Compute) -> Any:
     """A policy, with one adapter beside its weights (peft) or trained whole, made ready to decode; changed in place."""
+    if policy.config._attn_implementation in FLEX:
+        policy.set_attn_implementation("sdpa")  # flex is for packed rows
     if not hasattr(policy, "peft_config"):
         return round_for_decoding(policy.to(hardware.device).eval().requires_grad_(False), hardware)
-    model = policy.base_model.model if hardware.dtype == "bfloat16" else policy.merge_and_unload()
+    live = hardware.dtype == "bfloat16" or four_bit.is_four_bit(policy)
+    model = policy.base_model.model if live else policy.merge_and_unload()
     return round_for_decoding(model.to(hardware.device).eval(), hardware)
 
 
@@ -215,11 +248,11 @@ def round_for_decoding(model: Any, hardware: Compute) -> Any:
 
     Autocast rounds the same fp32 weights to bf16 at every token, which is most of the memory traffic of decoding. Here they are rounded once,
     and the outputs are equal bit by bit to those before (tested): nothing is folded into weights that are bf16 already. Embeddings and norms
-    stay in fp32; a head that is tied to the embeddings gets a copy of its own.
+    stay in fp32; a head that is tied to the embeddings gets a copy of its own. Layers in 4 bits stay as they are.
     """
     if hardware.dtype == "bfloat16":
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, torch.nn.Linear) and module.weight.is_floating_point():
                 module.weight = torch.nn.Parameter(module.weight.detach().to(torch.bfloat16), requires_grad=False)
                 if module.bias is not None:
                     module.bias = torch.nn.Parameter(module.bias.detach().to(torch.bfloat16), requires_grad=False)
@@ -231,16 +264,15 @@ def load_policy(lineage: Lineage, lora: LoraSection | None, seed: int, device: s
 
     The A matrices are drawn from `seed`, so that a restarted training starts the same.
     """
-    model = load_merged(lineage, device)
-    if lineage.base.attention == "flex":
-        if device != "cuda":
-            raise UserError(
-                "model.attention is flex, which trains on a GPU only (torch has no backward for it elsewhere). Use sdpa."
-            )
-        model.set_attn_implementation("flex_attention")
+    from suasion.training.attention import set_attention
+
+    model = load_to_score(lineage, device)
     if lora is None:
-        return model.requires_grad_(True)
-    return attach_adapter(model, lora, seed, lineage.hash, lineage.base.base).to(device)
+        policy = model.requires_grad_(True)
+    else:
+        policy = attach_adapter(model, lora, seed, lineage.hash, lineage.base.base).to(device)
+    set_attention(policy, lineage.base, device)
+    return policy
 
 
 def attach_adapter(model: Any, lora: LoraSection, seed: int, key: str, base: str, task: str | None = "CAUSAL_LM") -> Any:
@@ -308,8 +340,13 @@ def adapter_hash(folder: Path) -> str:
 
 @lru_cache(maxsize=4)
 def base_hash(section: ModelSection) -> str:
-    """Hash of the base's weight and tokenizer files; kept beside the cached model by size and time, since weights are large."""
-    folder = base_folder(section)
+    """Hash of the base's weights and tokenizer: of their files, and of the rounding to 4 bits where the recipe asks for it."""
+    digest = _files_hash(base_folder(section))
+    return content_id("base in 4 bits", section.quantization, digest) if section.quantization else digest
+
+
+def _files_hash(folder: Path) -> str:
+    """Hash of weight and tokenizer files; kept in the cache by size and time, since weights are large."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer*.json"), folder / "config.json"])
     stamp = canonical_json([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     note = cache_dir() / "hashes" / content_id("hash", str(folder.resolve()), stamp)

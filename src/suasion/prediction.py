@@ -26,6 +26,7 @@ from suasion.sections.training import GPU_TOKENS
 GIB = 2**30
 HOST_BYTES = 4 * 10**9  # Python, torch and its CUDA libraries, page cache that must stay
 WEIGHT_BYTES = 4  # weights are kept in fp32, compute is autocast
+FOUR_BITS = 0.53  # bytes a weight: NF4 with its double-quantised scales, 4.25 bits (Dettmers et al. 2023, arXiv 2305.14314)
 MEMORY_SHARE = 0.92  # of a GPU's memory: the rest is the context and fragmentation
 
 
@@ -146,6 +147,14 @@ def measured_shares(rates: Rates, shape: Shape, lengths: Lengths, batch: int, ma
     )  # fmt: skip
 
 
+def held_bytes(recipe: Recipe, shape: Shape) -> int:
+    """Bytes of the weights while a model is trained or sampled: fp32, or linear layers in 4 bits beside an fp32 table of tokens."""
+    if not recipe.model.quantization:
+        return WEIGHT_BYTES * shape.parameters
+    table = shape.vocabulary * shape.width
+    return WEIGHT_BYTES * table + int(FOUR_BITS * (shape.parameters - table))
+
+
 def gpu_memory(recipe: Recipe, shape: Shape, processes: int) -> dict[str, int]:
     """Peak bytes on one GPU by stage: weights, adapters with their optimiser state, and what backward or the cache needs.
 
@@ -157,7 +166,7 @@ def gpu_memory(recipe: Recipe, shape: Shape, processes: int) -> dict[str, int]:
         found[stage] = fixed + per_token * max(budget, longest)
     positions = recipe.corpus.context_tokens + recipe.sample.max_new_tokens
     response = positions * shape.cache_width * (shape.layers + 1) * 4 + 6 * shape.vocabulary * 4
-    found["sample"] = found["evaluate"] = WEIGHT_BYTES * shape.parameters + recipe.sample.batch_size * response
+    found["sample"] = found["evaluate"] = held_bytes(recipe, shape) + recipe.sample.batch_size * response
     return found
 
 
@@ -174,7 +183,7 @@ def training_memory(stage: str, recipe: Recipe, shape: Shape, processes: int) ->
         replies = 2 * recipe.sample.max_new_tokens
         longest = recipe.corpus.context_tokens + replies
     share = replies / (recipe.corpus.context_tokens + replies)
-    weights = WEIGHT_BYTES * shape.parameters
+    weights = held_bytes(recipe, shape)
     if recipe.processes.profile == "fsdp2":
         weights //= processes
     # value, gradient and two moments of AdamW
@@ -193,7 +202,7 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
     rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares)
     spread = Rates(rates.prefill, rates.decode, rates.train * processes, rates.weight_bytes)
     memory = gpu_memory(recipe, shape, processes)
-    host = HOST_BYTES + WEIGHT_BYTES * shape.parameters * processes  # each loads the base before it moves to its GPU
+    host = HOST_BYTES + held_bytes(recipe, shape) * processes  # each loads the base before it moves to its GPU
     problems = []
     assert machine.gpu is not None
     room = machine.gpu.gib * GIB * MEMORY_SHARE
@@ -215,9 +224,9 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
 
 def advice(stage: str, needed: int, room: float, recipe: Recipe, shape: Shape) -> str:
     """What to change so that a stage fits, with the value where one setting will do."""
-    weights = WEIGHT_BYTES * shape.parameters
+    weights = held_bytes(recipe, shape)
     if weights > room:
-        return "the weights alone do not fit: a larger GPU, or processes.profile=fsdp2 on several"
+        return "the weights alone do not fit: a larger GPU, model.quantization=nf4, or processes.profile=fsdp2 on several"
     if stage in ("sample", "evaluate"):
         return f"sample.batch_size={max(1, int(recipe.sample.batch_size * (room - weights) / (needed - weights)))}"
     fixed, per_token, longest, _ = training_memory(stage, recipe, shape, recipe.processes.count)

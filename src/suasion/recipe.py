@@ -63,6 +63,13 @@ class Recipe(Section):
                 f"context_tokens {self.corpus.context_tokens} and {self.sample.max_new_tokens} reply tokens do not fit into model.max_length "
                 f"{self.model.max_length}, or the longest reply leaves no {LEAST_CONTEXT} to its context: raise it to at least {needed}"
             )
+        if self.model.quantization:
+            if None in (self.sft.lora, *(arm.lora for arm in self.dpo)):
+                raise ValueError(
+                    "lora is null, but weights in 4 bits cannot be trained: set model.quantization to null, or give lora"
+                )
+            if self.processes.profile == "fsdp2":
+                raise ValueError("weights in 4 bits are not sharded: with model.quantization use processes.profile ddp or one")
         known = ["sft"]
         if isinstance(self.sample.engine, EndpointEngine):
             unknown = sorted(set(self.sample.engine.models) - set(self.model_names()))

@@ -15,7 +15,7 @@ import torch
 
 from suasion.chat import Renderer
 from suasion.evaluation.statistics import mean_estimate, real_mean_estimate, resample_weights
-from suasion.models import Compute, Lineage, load_merged
+from suasion.models import Compute, Lineage, load_to_score
 from suasion.progress import progress
 from suasion.records import OutcomePair
 from suasion.sampling.respond import Journal
@@ -65,7 +65,7 @@ def compare(
     for name, lineage in lineages.items():
         key = f"likelihood/{lineage.hash}"
         if key not in journal.done:
-            model = load_merged(lineage, hardware.device)
+            model = load_to_score(lineage, hardware.device)
             rows = []
             with progress(f"likelihood under {name}", len(pairs), "pairs") as advance:
                 for pair in pairs:

@@ -17,7 +17,7 @@ from typing import Any
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, load_merged, load_to_sample
+from suasion.models import Compute, Lineage, load_to_sample, load_to_score
 from suasion.progress import progress
 from suasion.records import Prompt, Response, content_id
 from suasion.sampling.draws import Draw, Drawn, Sampler
@@ -89,7 +89,7 @@ def sampler_for(
     if isinstance(settings.engine, EndpointEngine):
         from suasion.sampling.endpoint import EndpointSampler
 
-        return EndpointSampler(settings.engine, settings, name, renderer, seed, lambda: load_merged(lineage, hardware.device))
+        return EndpointSampler(settings.engine, settings, name, renderer, seed, lambda: load_to_score(lineage, hardware.device))
     return LocalSampler(lambda: load_to_sample(lineage, hardware), settings, renderer, hardware, seed)
 
 

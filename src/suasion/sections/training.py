@@ -34,9 +34,13 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute type; weights are kept in float32. auto: bfloat16 where the hardware has it."
     )
-    attention: Literal["sdpa", "eager", "flex"] = Field(
-        "sdpa",
-        description="Attention of transformers. flex: FlexAttention while training (GPU), sdpa elsewhere; packing is then free.",
+    quantization: Literal["nf4"] | None = Field(
+        None, description="nf4: linear layers in 4 bits, adapters beside them (QLoRA); needs 'suasion[qlora]'. null: fp32."
+    )
+    attention: Literal["auto", "sdpa", "eager", "flex"] = Field(
+        "auto",
+        description="Attention while training. flex: FlexAttention (GPU only), which skips what packed rows hide. auto: flex on a GPU where it "
+        "computes what sdpa does (tried before training), else sdpa.",
     )
 
 

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, compute, load_merged, load_policy, load_tokenizer
+from suasion.models import Compute, Lineage, compute, load_merged, load_policy, load_to_score, load_tokenizer
 from suasion.progress import console
 from suasion.records import Preference, read_rows
 from suasion.rundir import StageContext, StageResult
@@ -135,7 +135,7 @@ def run_stage(stage: StageContext) -> StageResult:
     policy = load_policy(start, arm.lora, recipe.seed, hardware.device)
     own = arm.reference in ("start", arm.start)
     reference_lineage = start if own else start_lineage(stage, arm.reference)
-    reference_model = policy if own else load_merged(reference_lineage, hardware.device)
+    reference_model = policy if own else load_to_score(reference_lineage, hardware.device)
     reference = shared_logprobs(
         reference_model, fitting, hardware, stage.folder / "reference.jsonl", cache_file(reference_lineage.hash, hardware)
     )

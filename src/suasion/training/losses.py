@@ -46,10 +46,10 @@ def effective_logprobs(
     """What a loss takes for the log-probability of a response. sums, heads, lengths: [n, 2] of (chosen, rejected); returns [n, 2].
 
     sigmoid, ipo, robust: the sum over the tokens.
-    length-normalised: the sum divided by the number of tokens, Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), section 5.1.2; beta is
-        then per token, and an order of magnitude larger (they take 5).
-    length-desensitised: tokens beyond the shorter response's length count length_alpha, Liu et al. 2024 (LD-DPO, arXiv 2409.06411),
-        section 4: head + alpha (sum - head). 1 is the sigmoid loss.
+    length-normalised: the sum divided by the number of tokens, Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), where it is called
+        length-normalised DPO; beta is then per token, and larger by the length of a response.
+    length-desensitised: tokens beyond the shorter response's length count length_alpha, Liu et al. 2024 (LD-DPO, arXiv 2409.06411):
+        head + alpha (sum - head). 1 is the sigmoid loss.
     """
     if loss == "length-normalised":
         return sums / lengths
@@ -74,7 +74,7 @@ def preference_loss(margins: torch.Tensor, loss: str, beta: float, label_smoothi
 
     sigmoid, length-normalised, length-desensitised: -log s(beta h), Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
     ipo: (h - 1/(2 beta))^2, Azar et al. 2023 (arXiv 2310.12036), eq. 17.
-    robust: unbiased under labels flipped with probability e, Chowdhury et al. 2024 (arXiv 2403.00409), eq. 10:
+    robust: unbiased under labels flipped with probability e, Chowdhury et al. 2024 (arXiv 2403.00409):
         (-(1-e) log s(beta h) + e log s(-beta h)) / (1 - 2e).
     """
     if loss in ("sigmoid", "length-normalised", "length-desensitised"):

@@ -9,11 +9,15 @@ predicted: the head is the largest matrix of a small model. (Idea: Franz et al. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from suasion.errors import UserError
+
+FLEX = ("flex_attention", "suasion_flex")  # the library's, and attention.py's
 
 
 @dataclass(frozen=True)
@@ -37,26 +41,50 @@ class Packed:
     @property
     def attention_mask(self) -> torch.Tensor:
         """bool [1, 1, T, T], True where a query (row) may see a key (column): its own prompt and its own reply, up to itself."""
-        place = torch.arange(len(self.group), device=self.group.device)
-        return self._sees(place[:, None], place[None, :])[None, None]
+        return self._dense(None)
 
-    def block_mask(self) -> Any:
+    def mask_for(self, model: Any) -> Any:
+        """What a model takes: a mask for its kind of attention; for layers that see a window only, one of their own.
+
+        A mask that is given whole is taken as it is, so that the window must be in it. It counts positions within a sequence, as in training
+        without packing and in sampling.
+        """
+        config = getattr(model, "module", model).config.get_text_config()  # a model wrapped for several processes has none itself
+        make = self.block_mask if config._attn_implementation in FLEX else self._dense
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if kinds - {"full_attention", "sliding_attention"}:
+            raise UserError(
+                f"this base model has layers of kind {', '.join(sorted(kinds))}, for which packed rows have no mask. Choose a model whose layers "
+                "are full or sliding attention."
+            )
+        windowed = "sliding_attention" in kinds if kinds else True
+        if window is None or not windowed or int(self.position_ids.max()) < window:
+            return make(None)
+        return {"full_attention": make(None), "sliding_attention": make(window)} if len(kinds) > 1 else make(window)
+
+    def _dense(self, window: int | None) -> torch.Tensor:
+        place = torch.arange(len(self.group), device=self.group.device)
+        return self._rule(window)(None, None, place[:, None], place[None, :])[None, None]
+
+    def block_mask(self, window: int | None = None) -> Any:
         """The same for FlexAttention, which skips blocks that nobody sees: the cost of packing does not grow with its square."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         size = len(self.group)
-        return create_block_mask(
-            lambda batch, head, query, key: self._sees(query, key), B=1, H=None, Q_LEN=size, KV_LEN=size, device=self.group.device
-        )
+        return create_block_mask(self._rule(window), B=1, H=None, Q_LEN=size, KV_LEN=size, device=self.group.device)
 
-    def mask_for(self, model: Any) -> Any:
-        """What the attention implementation of a model takes."""
-        config = getattr(model, "module", model).config  # a model wrapped for several processes has none itself
-        return self.block_mask() if config._attn_implementation == "flex_attention" else self.attention_mask
+    def _rule(self, window: int | None) -> Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(batch, head, query, key) -> whether the query may see the key. Closes over plain tensors, which compilers can follow."""
+        group, branch, position = self.group, self.branch, self.position_ids[0]
 
-    def _sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        branch = self.branch[key]
-        return (query >= key) & (self.group[query] == self.group[key]) & ((branch == 0) | (branch == self.branch[query]))
+        def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return (query >= key) & (group[query] == group[key]) & ((branch[key] == 0) | (branch[key] == branch[query]))
+
+        def sees_near(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return sees(batch, head, query, key) & (position[query] - position[key] < window)
+
+        return sees if window is None else sees_near
 
     @property
     def replies(self) -> int:

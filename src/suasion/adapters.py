@@ -1,0 +1,58 @@
+"""LoRA adapters as files: reading one, and computing with one beside weights that must not change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from suasion.errors import UserError
+from suasion.records import read_json
+
+PREFIX = "base_model.model."  # of module names in peft's files
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Any]]:
+    """module -> (A [r, in], B [out, r]), and the config. Raises UserError for an adapter that is no plain LoRA."""
+    from safetensors.torch import load_file
+
+    config = read_json(folder / "adapter_config.json")
+    special = [
+        key
+        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+        if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or special or config.get("bias", "none") != "none":
+        raise UserError(
+            f"{folder} is no plain LoRA adapter ({', '.join(special) or config.get('peft_type')}): write the model with --merged."
+        )
+    weights = load_file(folder / "adapter_model.safetensors")
+    downs = {name.removesuffix(".lora_A.weight"): value for name, value in weights.items() if name.endswith(".lora_A.weight")}
+    if len(weights) != 2 * len(downs) or not downs:
+        raise UserError(f"{folder}/adapter_model.safetensors holds more than LoRA matrices: write the model with --merged.")
+    return {name: (down, weights[f"{name}.lora_B.weight"]) for name, down in downs.items()}, config
+
+
+class _Update:
+    """Forward hook of a linear layer: adds s B A x. The same order of operations as peft's, so that nothing but the place differs."""
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, scale: float):
+        self.down, self.up, self.scale = down, up, scale
+
+    def __call__(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + F.linear(F.linear(inputs[0], self.down), self.up) * self.scale
+
+
+def hold_beside(model: Any, folder: Path) -> None:
+    """Let a model compute with an adapter beside its weights, for good and without training it; changed in place.
+
+    For weights that are rounded already: merging would round the sum again. The model must be where it computes.
+    """
+    weights, config = read_adapter(folder)
+    modules = dict(model.named_modules())
+    for name, (down, up) in weights.items():
+        module = modules[name.removeprefix(PREFIX)]
+        device = module.weight.device
+        module.register_forward_hook(_Update(down.float().to(device), up.float().to(device), config["lora_alpha"] / config["r"]))
