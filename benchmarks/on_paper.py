@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from suasion.machines import load_machines
 from suasion.planning import Lengths
-from suasion.prediction import GIB, Shape, Shares, flops_a_token, rates_of
+from suasion.prediction import FOUR_BITS, GIB, Shape, Shares, flops_a_token, four_bit_bytes, rates_of
 from suasion.progress import duration
 
 # (parameters, layers, width, inner width, vocabulary, key and value numbers a layer): config.json of each model on the hub
 SHAPES = {
     "Qwen2.5-0.5B": Shape(494_032_768, 24, 896, 4864, 151_936, 2 * 2 * 64),
-    "Qwen2.5-7B": Shape(7_615_616_512, 28, 3584, 18_944, 152_064, 2 * 4 * 128),
-    "Llama-3.1-70B": Shape(70_553_706_496, 80, 8192, 28_672, 128_256, 2 * 8 * 128),
+    "Qwen2.5-7B": Shape(7_615_616_512, 28, 3584, 18_944, 152_064, 2 * 4 * 128, tables=2),
+    "Llama-3.1-70B": Shape(70_553_706_496, 80, 8192, 28_672, 128_256, 2 * 8 * 128, tables=2),
 }
 LENGTHS = Lengths(context=520.0, reply=175.0)  # ChangeMyView: 695 tokens a row
 FULL = {"sft": 9_400 * 3, "pairs": 2_150 + 3 * 200 * 3, "responses": 2 * 2_350 + 115 * 6}  # rows seen in the full-size recipe
-FOUR_BITS = 0.53  # bytes a weight: NF4 with its double-quantised scales, 4.25 bits (Dettmers et al. 2023, arXiv 2305.14314)
 QLORA_SHARE = 0.6  # of the speed of bf16 weights; de-quantising each matrix for every pass costs the rest. Assumed.
 SECONDS_A_READ_ROW = (
     8e-6  # the reader alone: a third of the 24 us an utterance measured before (commit 9acfcc5); stages: benchmarks/corpus.py
@@ -67,17 +66,18 @@ def main() -> None:
     """Print the tables."""
     print("| model | machine | SFT | arms | sampling, evaluation | GiB a GPU of | how |")
     print("|---|---|---|---|---|---|---|")
-    for name, machine, share, gpus, weight, rows, how in (
+    for name, machine, share, gpus, weight, rows, how in (  # weight: bytes of one; None: 4 bits
         ("Qwen2.5-0.5B", "g5.xlarge", 1.0, 1, 4.0, 8, "LoRA, fp32 weights"),
-        ("Qwen2.5-7B", "g5.xlarge", QLORA_SHARE, 1, FOUR_BITS, 1, "QLoRA"),
+        ("Qwen2.5-7B", "g5.xlarge", QLORA_SHARE, 1, None, 1, "QLoRA"),
         ("Qwen2.5-7B", "p5.4xlarge", 1.0, 1, 4.0, 2, "LoRA, fp32 weights"),
         ("Llama-3.1-70B", "p5.48xlarge", 1.0, 8, 4.0, 1, "LoRA, FSDP2, fp32 weights sharded"),
-        ("Llama-3.1-70B", "p5.48xlarge", QLORA_SHARE, 8, FOUR_BITS, 4, "QLoRA, FSDP2"),
+        ("Llama-3.1-70B", "p5.48xlarge", QLORA_SHARE, 8, None, 4, "QLoRA, FSDP2"),
     ):
         shape = SHAPES[name]
         gpu = load_machines().machines[machine].gpu
         assert gpu is not None
         sft, dpo, sampling = training(shape, machine, share, gpus)
+        weight = weight or four_bit_bytes(shape) / shape.parameters
         needed = memory(shape, weight, rows, 1024, gpus)
         print(
             f"| {name} | {machine} | {duration(sft)} | {duration(dpo)} | {duration(sampling)} | {needed:.1f} of {gpu.gib:g} | {how} |"

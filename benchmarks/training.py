@@ -117,13 +117,16 @@ def section_of(model: str, out: Path) -> Any:
 class Job:
     """What a measurement needs: model, hardware, and a folder that is thrown away."""
 
-    def __init__(self, model: str, out: Path):
+    def __init__(self, model: str, out: Path, packed: bool = True):
+        """packed: with the attention that our packed rows get; else the library's default, which TRL gets."""
         import torch
 
         from suasion.models import Lineage, compute, load_policy, load_tokenizer
         from suasion.sections.training import LoraSection
 
         self.section = section_of(model, out)
+        if not packed:
+            self.section = self.section.model_copy(update={"attention": "sdpa"})
         self.hardware = compute(self.section)
         self.lora = LoraSection()
         self.tokenizer = load_tokenizer(self.section)
@@ -157,7 +160,7 @@ def run_dpo(name: str, model: str, lengths: list[list[int]], out: Path) -> dict[
     from suasion.training.loop import arguments, train
     from suasion.training.reference import reference_logprobs
 
-    job = Job(model, out)
+    job = Job(model, out, packed=name == "suasion")
     pairs = pairs_of(lengths, job.vocabulary)
     arm = DpoArm(name="b", labels="ai", pool="rlaif", batch_size=STEP_PAIRS, checkpoints=0, learning_rate=1e-6, lora=job.lora)
     parts: dict[str, float] = {}
@@ -217,7 +220,7 @@ def run_sft(name: str, model: str, lengths: list[list[int]], out: Path) -> dict[
     from suasion.training.loop import arguments, train
     from suasion.training.sft import IGNORED, PackedSftTrainer
 
-    job = Job(model, out)
+    job = Job(model, out, packed=name == "suasion")
     draw = random.Random(2)
     rows = []
     for number, (context, reply) in enumerate(lengths):

@@ -142,6 +142,28 @@ def test_what_samples_is_what_was_trained(lineage, dtype):
 
 
 @needs_bitsandbytes
+def test_a_reward_model_on_a_base_in_four_bits(tmp_path):
+    """Trained beside 4-bit weights, scored with the adapter in the de-quantised ones: the same rewards."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from test_reward import SETTINGS, outcome_pairs
+
+    from suasion.training.reward import RewardModel, train_reward
+
+    facts = train_reward(outcome_pairs(12), TINY, SETTINGS, tmp_path, seed=1)
+    assert facts["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    model = RewardModel.load(tmp_path, TINY)
+    pair = outcome_pairs(1, seed=5)[0]
+    live = PeftModel.from_pretrained(load_base(TINY).base_model, str(tmp_path / "adapter")).eval()
+    ids = model.renderer.render(pair.turns, pair.winner).ids
+    with torch.no_grad():
+        expected = (
+            live(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] @ load_file(tmp_path / "head.safetensors")["weight"][0]
+        )
+    assert model.score(pair.turns, [pair.winner]) == pytest.approx([float(expected)], abs=1e-4)
+
+
+@needs_bitsandbytes
 def test_exports_are_read_by_plain_libraries(lineage, tmp_path):
     """One adapter is exact on the base in 4 bits; merged weights are exact everywhere, and plain fp32."""
     from peft import PeftModel

@@ -178,6 +178,19 @@ def test_the_mask_lets_a_token_see_its_prompt_and_its_own_reply(parts):
     assert blocks.mask_mod(0, 0, size[:, None], size[None, :]).tolist() == expected
 
 
+def test_eager_attention_gives_the_same_logprobs():
+    """It adds its mask to the scores: a mask of True and False would hide nothing."""
+    packed = pack([([1, 2, 3, 4], [[5, 6, 7], [8, 9]]), ([10, 11], [[12], [13, 14, 15, 16]])])
+    model = LlamaForCausalLM(MODEL.config).eval()
+    found = []
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            found.append(sum_logprobs(reply_logits(model, packed), packed))
+    model.set_attn_implementation("sdpa")
+    assert (found[0] - found[1]).abs().max() < 1e-4
+
+
 def windowed(kind: str):
     """A model whose layers see a window, all of them or every other one."""
     torch.manual_seed(0)

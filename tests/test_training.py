@@ -16,7 +16,7 @@ from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged, load_policy, save_adapter
 from suasion.records import Example, Preference, Response, Turn
 from suasion.sections.training import DpoArm, LoraSection, SftSection
-from suasion.training.dpo import kl_to_start, target, with_reference
+from suasion.training.dpo import kl_to_start, print_baselines, target, warn, with_reference
 from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint, optimiser_steps
 from suasion.training.pairs import Logprobs, PairIds, baselines, pair_ids, score
 from suasion.training.reference import cache_file, check_stored_logprobs, reference_logprobs
@@ -229,6 +229,60 @@ def test_baselines_that_read_nothing():
         PairIds("d", (1,), (1, 2), (1,), 1.0, finishes=("cut", "stop")),  # longer, and cut off
     ]
     assert baselines(pairs) == {"longer": 2.5 / 4, "finished": 2.0 / 4, "both": 2.5 / 4}
+
+
+def test_labels_that_length_predicts_are_told_before_training(capsys):
+    print_baselines("rlaif", {"longer": 0.8, "finished": 0.5, "both": 0.8}, 40)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "of 40 preferences the longer response is chosen in 80%" in told
+    assert "length-desensitised" in told
+    print_baselines("rlaif", {"longer": 0.6, "finished": 0.5, "both": 0.6}, 40)
+    assert "length-desensitised" not in capsys.readouterr().out
+    print_baselines("rlaif", {"longer": 0.2, "finished": 0.5, "both": 0.2}, 40)  # the shorter one wins: as telling
+    assert "length-desensitised" in capsys.readouterr().out
+
+
+def test_what_usually_goes_wrong_is_said(capsys):
+    """Log p(chosen) far below the reference's, and accuracy 1.0 from the start; neither where a later batch merely has longer responses."""
+    arm = DpoArm(name="t", labels="ai", pool="rlaif", beta=0.1)
+
+    def rows(reward: float, accuracy: float) -> list[dict]:
+        return [
+            {"chosen_reward": reward * step / 20, "accuracy": accuracy, "chosen_logp": -100.0 * step, "chosen_tokens": 50.0}
+            for step in range(1, 21)
+        ]
+
+    def said(arm: DpoArm, metrics: list[dict]) -> str:
+        warn(arm, metrics)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert said(arm, rows(0.0, 0.7)) == ""
+    assert "log p(chosen) fell by 18 nats a response" in said(arm, rows(-2.0, 0.7))
+    assert "accuracy is 1.0 almost at once" in said(arm, rows(0.0, 1.0))
+    normalised = DpoArm(name="t", labels="ai", pool="rlaif", loss="length-normalised", beta=2.0)
+    assert "fell by 22 nats" in said(normalised, rows(-1.0, 0.7))  # .45 nats a token, 50 tokens
+
+
+def test_a_prompt_rendered_otherwise_than_in_sampling_is_refused(tiny, renderer, tmp_path):
+    """Pitfall 7 where it costs most: what was sampled under one system prompt is scored under another."""
+    from suasion.chat import Renderer
+    from suasion.sampling.draws import Draw
+    from suasion.sampling.local import decode
+    from suasion.sections.sampling import SampleSection
+
+    prompt, model, lineage = example(1, "r").prompt(), load_merged(Lineage(tiny)), Lineage(tiny).hash
+    draws = [Draw("p", renderer.render(prompt.turns).ids, n) for n in (0, 1)]
+    settings = SampleSection(temperature=1.0, top_p=1.0, max_new_tokens=12)
+    drawn = decode(model, draws, settings, 3, renderer.stop_id, renderer.tokenizer.pad_token_id, CPU)
+    sides = [response(one.tokens, one.logprob, lineage, text=f"n{one.draw.n}") for one in drawn]
+    row = preference(*sides)
+    for scoring, compared in ((renderer, 2), (Renderer(renderer.tokenizer, "Persuade at any price. " * 5), None)):
+        known = reference_logprobs(model, [pair_ids(row, scoring)], CPU, tmp_path / "r.jsonl")
+        if compared:
+            assert check_stored_logprobs([row], known, lineage, 1e-3, "arm") == compared
+        else:
+            with pytest.raises(UserError, match="Prompt, template or weights differ from sampling"):
+                check_stored_logprobs([row], known, lineage, 1e-3, "arm")
 
 
 def test_sft_rows_train_the_reply_and_nothing_else(renderer):
@@ -469,6 +523,8 @@ def test_where_flex_attention_cannot_train_sdpa_stays(tiny, dtype):
 
 def test_flex_attention_computes_in_autocasts_type(tiny, monkeypatch):
     """Queries and keys leave the rotation in fp32 although compute is bf16; SDPA rounds them by itself, FlexAttention does not."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
     from suasion.training import attention
 
     seen = []
@@ -486,6 +542,9 @@ def test_flex_attention_computes_in_autocasts_type(tiny, monkeypatch):
     with pytest.raises(RuntimeError, match="seen enough"):
         score(model, preference_pairs(1), Compute("cpu", "bfloat16", 2))
     assert seen == [(torch.bfloat16,) * 3]
+    assert attention.FLEX in ALL_MASK_ATTENTION_FUNCTIONS  # or padded batches would be computed without a mask
+    attention.use_sdpa(model)
+    assert attention.attention_of(model) == "sdpa"
 
 
 def test_an_empty_preference_file_is_refused_before_any_training(tmp_path):

@@ -29,7 +29,6 @@ from suasion.records import canonical_json, content_id, read_json, sha256_file, 
 from suasion.rundir import cache_dir
 from suasion.sections.training import LoraSection, ModelSection
 from suasion.seeding import derive_seed
-from suasion.training.prefix import FLEX
 
 BUNDLED = "bundled:smollm2-135m-instruct"
 TINY = "random:tiny"
@@ -234,8 +233,9 @@ def load_to_sample(lineage: Lineage, hardware: Compute) -> Any:
 
 def as_it_samples(policy: Any, hardware: Compute) -> Any:
     """A policy, with one adapter beside its weights (peft) or trained whole, made ready to decode; changed in place."""
-    if policy.config._attn_implementation in FLEX:
-        policy.set_attn_implementation("sdpa")  # flex is for packed rows
+    from suasion.training.attention import use_sdpa
+
+    use_sdpa(policy)
     if not hasattr(policy, "peft_config"):
         return round_for_decoding(policy.to(hardware.device).eval().requires_grad_(False), hardware)
     live = hardware.dtype == "bfloat16" or four_bit.is_four_bit(policy)

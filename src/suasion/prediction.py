@@ -26,7 +26,9 @@ from suasion.sections.training import GPU_TOKENS
 GIB = 2**30
 HOST_BYTES = 4 * 10**9  # Python, torch and its CUDA libraries, page cache that must stay
 WEIGHT_BYTES = 4  # weights are kept in fp32, compute is autocast
-FOUR_BITS = 0.53  # bytes a weight: NF4 with its double-quantised scales, 4.25 bits (Dettmers et al. 2023, arXiv 2305.14314)
+FOUR_BITS = (
+    4 + 8 / 64 + 32 / (64 * 256)
+) / 8  # bytes a weight: NF4, a byte of scale for 64, a float for 256 of those (QLoRA, arXiv 2305.14314)
 MEMORY_SHARE = 0.92  # of a GPU's memory: the rest is the context and fragmentation
 
 
@@ -40,6 +42,7 @@ class Shape:
     inner: int
     vocabulary: int
     cache_width: int  # key and value numbers a layer and token: 2 x key-value heads x head width
+    tables: int = 1  # of tokens: embeddings and head, one where they are tied
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def shape_of(config: Any, parameters: int) -> Shape:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
-        parameters, config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size, 2 * heads * width
+        parameters, config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size, 2 * heads * width,
+        tables=1 if config.tie_word_embeddings else 2,
     )  # fmt: skip
 
 
@@ -148,11 +152,14 @@ def measured_shares(rates: Rates, shape: Shape, lengths: Lengths, batch: int, ma
 
 
 def held_bytes(recipe: Recipe, shape: Shape) -> int:
-    """Bytes of the weights while a model is trained or sampled: fp32, or linear layers in 4 bits beside an fp32 table of tokens."""
-    if not recipe.model.quantization:
-        return WEIGHT_BYTES * shape.parameters
-    table = shape.vocabulary * shape.width
-    return WEIGHT_BYTES * table + int(FOUR_BITS * (shape.parameters - table))
+    """Bytes of the weights while a model is trained or sampled."""
+    return four_bit_bytes(shape) if recipe.model.quantization else WEIGHT_BYTES * shape.parameters
+
+
+def four_bit_bytes(shape: Shape) -> int:
+    """Bytes of a base in 4 bits: its linear layers; tables of tokens stay in fp32."""
+    tables = shape.tables * shape.vocabulary * shape.width
+    return WEIGHT_BYTES * tables + int(FOUR_BITS * (shape.parameters - tables))
 
 
 def gpu_memory(recipe: Recipe, shape: Shape, processes: int) -> dict[str, int]:

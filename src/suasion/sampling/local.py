@@ -264,7 +264,7 @@ def _choose_among(
 
 
 def penalise(said: Sequence[Sequence[int]], logits: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Divide positive logits of tokens already in the response by the penalty, multiply negative ones (Keskar et al. 2019)."""
+    """Divide positive logits of tokens already in the response by the penalty, multiply negative ones (as transformers; after Keskar et al. 2019)."""
     if penalty == 1.0:
         return logits
     logits = logits.clone()

@@ -48,6 +48,12 @@ def set_attention(policy: Any, section: ModelSection, device: str) -> None:
         console.print(f"  FlexAttention does not do here ({reason}): training with sdpa, which is slower on packed rows.")
 
 
+def attention_of(policy: Any) -> str:
+    """flex, sdpa or eager: what a model computes with."""
+    name = str(policy.config.get_text_config()._attn_implementation)
+    return "flex" if name == FLEX else name
+
+
 def try_attention(policy: Any, hardware: Compute, other: str) -> str:
     """Set `other` where it computes what SDPA computes, and has gradients; else SDPA, and returns why. Draws no random numbers."""
     trained = policy.training
@@ -87,12 +93,21 @@ def _output(policy: Any, length: int, hardware: Compute) -> torch.Tensor:
     return torch.as_tensor(output).float()
 
 
+def use_sdpa(policy: Any) -> None:
+    """For passes over padded batches instead of packed rows."""
+    if attention_of(policy) == "flex":
+        _set(policy, "sdpa")
+
+
 def _set(policy: Any, name: str) -> None:
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     model.set_attn_implementation(name)
 
 
 def _register() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(FLEX, flex_attention)
+    # Without an entry here a padded batch would be computed without any mask, silently.
+    ALL_MASK_ATTENTION_FUNCTIONS.register(FLEX, ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"])

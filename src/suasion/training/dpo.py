@@ -31,6 +31,7 @@ from suasion.records import Preference, read_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.sections.training import DpoArm
 from suasion.seeding import derive_seed
+from suasion.training.attention import attention_of
 from suasion.training.loop import arguments, optimiser_steps, speed_file, train
 from suasion.training.losses import (
     effective_logprobs,
@@ -49,6 +50,7 @@ from suasion.training.steps import WholeSteps
 KL_PAIRS = 5
 FEWEST_STEPS = 12
 TELLING = 0.75  # from this accuracy of a rule that reads nothing, a warning
+FELL = 10.0  # nats a response; from here log p(chosen) has fallen
 MOVED_KL = 1e-4  # nats a token; below this a training has not changed what the model says
 
 
@@ -85,8 +87,8 @@ class DpoTrainer(WholeSteps, Trainer):  # type: ignore[misc]
             self._check_first_pass(rows, sums, lengths, losses)
         rewards = arm.beta * ratios.detach()
         margin = rewards[:, 0] - rewards[:, 1]
-        # Chosen and rejected apart: a growing margin can hide that both fall. Where the start model wrote both responses, the
-        # mean of log ref - log p over their tokens estimates KL(reference || policy) without bias, and costs nothing.
+        # Chosen and rejected apart: a growing margin can hide that both fall. The mean of log ref - log p over the tokens of responses
+        # that the start model wrote estimates KL(reference || policy), up to the temperature they were drawn at, and costs nothing.
         values = {
             "chosen_logp": sums[:, 0], "rejected_logp": sums[:, 1], "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1],
             "margin": margin, "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
@@ -167,7 +169,7 @@ def run_stage(stage: StageContext) -> StageResult:
     metrics = train(trainer, stage.folder, f"dpo-{arm.name}", speed_file(stage.folder))
     save_trained(policy, stage.folder / "adapter", recipe.model)
     kl = kl_to_start(policy, fitting, hardware, recipe.seed, start)
-    warn(arm.name, metrics)
+    warn(arm, metrics)
     tail = metrics[-max(1, len(metrics) // 4) :]
     return StageResult(
         rows_in=len(preferences),
@@ -183,6 +185,7 @@ def run_stage(stage: StageContext) -> StageResult:
             "first_loss": metrics[0]["loss"],
             "expected_first_loss": zero_margin_loss(arm.loss, arm.beta) if own else None,
             "dtype": hardware.dtype,
+            "attention": attention_of(policy),
             "final_loss": metrics[-1]["loss"],
             "final_margin": sum(row["margin"] for row in tail) / len(tail),
             "final_accuracy": sum(row["accuracy"] for row in tail) / len(tail),
@@ -269,12 +272,17 @@ def kl_to_start(policy: Any, pairs: Sequence[PairIds], hardware: Compute, seed: 
     return float(torch.cat(values).mean())
 
 
-def warn(arm: str, metrics: list[dict[str, Any]]) -> None:
-    """Advice on what usually goes wrong, from the metrics of a finished training."""
-    first, last = metrics[0], metrics[-1]
-    if last["chosen_logp"] < first["chosen_logp"] - 10:
+def warn(arm: DpoArm, metrics: list[dict[str, Any]]) -> None:
+    """Advice on what usually goes wrong, from the metrics of a finished training.
+
+    The fall of log p(chosen) is against the reference on the same pairs: from step to step other pairs, of other lengths, are looked at.
+    """
+    tail = metrics[-max(1, len(metrics) // 4) :]
+    lengths = [row.get("chosen_tokens", 1.0) if arm.loss == "length-normalised" else 1.0 for row in tail]  # that ratio is a mean
+    fell = -sum(row["chosen_reward"] / arm.beta * length for row, length in zip(tail, lengths, strict=True)) / len(tail)
+    if fell > FELL:
         console.print(
-            f"  [yellow]dpo {arm}: log p(chosen) fell by {first['chosen_logp'] - last['chosen_logp']:.0f} nats. Lower learning_rate or raise beta.[/]"
+            f"  [yellow]dpo {arm.name}: log p(chosen) fell by {fell:.0f} nats a response. Lower learning_rate or raise beta.[/]"
         )
     early = metrics[1 : max(2, len(metrics) // 5)]
     if (
@@ -284,5 +292,5 @@ def warn(arm: str, metrics: list[dict[str, Any]]) -> None:
         and math.isclose(metrics[-1]["accuracy"], 1.0)
     ):
         console.print(
-            f"  [yellow]dpo {arm}: accuracy is 1.0 almost at once. Look for a trivial difference: length, finish reason, format.[/]"
+            f"  [yellow]dpo {arm.name}: accuracy is 1.0 almost at once. Look for a trivial difference: length, finish reason, format.[/]"
         )

@@ -4,7 +4,7 @@ A pair is laid out as [prompt | chosen | rejected]; several pairs follow one ano
 see its own prompt and itself, never the other reply or another pair, and every reply's positions continue the prompt's. The
 result equals that of separate sequences up to floating-point order, gradients through the shared prompt included (tested), at
 the cost of reading each prompt once instead of twice and of no padding. Logits are computed only where a reply token is
-predicted: the head is the largest matrix of a small model. (Idea: Franz et al. 2024, arXiv 2410.20305.)
+predicted: the head is the largest matrix of a small model. (Idea: Wang and Hegde 2024, arXiv 2410.20305.)
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ class Packed:
         without packing and in sampling.
         """
         config = getattr(model, "module", model).config.get_text_config()  # a model wrapped for several processes has none itself
-        make = self.block_mask if config._attn_implementation in FLEX else self._dense
+        name = config._attn_implementation
+        make = self.block_mask if name in FLEX else self._added if name == "eager" else self._dense
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
-        if kinds - {"full_attention", "sliding_attention"}:
+        if others := kinds - {"full_attention", "sliding_attention"}:
             raise UserError(
-                f"this base model has layers of kind {', '.join(sorted(kinds))}, for which packed rows have no mask. Choose a model whose layers "
+                f"this base model has layers of kind {', '.join(sorted(others))}, for which packed rows have no mask. Choose a model whose layers "
                 "are full or sliding attention."
             )
         windowed = "sliding_attention" in kinds if kinds else True
@@ -66,6 +67,10 @@ class Packed:
     def _dense(self, window: int | None) -> torch.Tensor:
         place = torch.arange(len(self.group), device=self.group.device)
         return self._rule(window)(None, None, place[:, None], place[None, :])[None, None]
+
+    def _added(self, window: int | None) -> torch.Tensor:
+        """The same as numbers that are added to scores, which eager attention wants: it would add True as 1."""
+        return torch.where(self._dense(window), 0.0, torch.finfo(torch.float32).min)
 
     def block_mask(self, window: int | None = None) -> Any:
         """The same for FlexAttention, which skips blocks that nobody sees: the cost of packing does not grow with its square."""

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
+from suasion import four_bit
 from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.models import (
@@ -39,6 +40,7 @@ from suasion.models import (
 )
 from suasion.records import Turn, content_id, read_json, sha256_file, write_json
 from suasion.sections.training import ModelSection, RewardSection
+from suasion.training.attention import set_attention
 from suasion.training.loop import arguments, train
 from suasion.training.losses import FIRST_LOSS_TOLERANCE
 from suasion.training.prefix import Packed, pack
@@ -190,6 +192,7 @@ def train_reward(
     name = content_id("reward-training", base_hash(model), renderer.template_hash, *(row.id for row in rows))
     backbone = attach_adapter(load_base(model).base_model, settings.lora, seed, name, model.base, task=None)
     net = RewardNet(backbone).to(hardware.device)
+    set_attention(backbone, model, hardware.device)
     trainer = RewardTrainer(
         model=net, section=settings, hardware=hardware, train_dataset=rows,
         args=arguments(TrainingArguments, settings, folder, hardware, len(rows), seed, "reward"),
@@ -241,7 +244,7 @@ class RewardModel:
                 f"{folder}/reward.json is of format {said.get('format')}, not {FORMAT}: train the reward model again."
             )
         renderer = Renderer(load_tokenizer(model), model.system_prompt)
-        base = load_base(model)
+        base = four_bit.dequantised(load_base(model)) if model.quantization else load_base(model)
         check_adapter(folder / "adapter", base.base_model, model.base)
         found = {
             "base_hash": base_hash(model),

@@ -22,6 +22,7 @@ from suasion.models import Compute, Lineage, base_hash, compute, load_policy, lo
 from suasion.records import Example, read_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.sections.training import SftSection
+from suasion.training.attention import attention_of
 from suasion.training.loop import arguments, speed_file, train
 from suasion.training.prefix import pack, reply_logits
 from suasion.training.processes import save_trained
@@ -121,6 +122,7 @@ def run_stage(stage: StageContext) -> StageResult:
             "base_hash": base_hash(recipe.model),
             "persuaded_share": persuaded_share(examples),
             "stop_token": renderer.stop_id,
+            "attention": attention_of(policy),
             "steps": metrics[-1]["step"],
             "first_loss": metrics[0]["loss"],
             "final_loss": metrics[-1]["loss"],

@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from suasion.errors import UserError
 from suasion.models import Compute
 from suasion.sections.training import DpoArm
+from suasion.training.attention import use_sdpa
 from suasion.training.loop import arguments
 from suasion.training.pairs import PairIds
 from suasion.training.processes import world_size
@@ -90,6 +91,7 @@ def trl_trainer(
 ) -> Any:
     """A trainer for pairs that carry their reference log-probs. Raises UserError for what TRL cannot do."""
     refuse_unsupported(arm, pairs)
+    use_sdpa(policy)
     rows = []
     for pair in pairs:
         assert pair.reference is not None, "the reference log-probs come before the first step"
