@@ -400,6 +400,14 @@ def child(piece: str, model: str, out: Path) -> None:
     temporary.replace(file)
 
 
+def check_settings(out: Path, **own: Any) -> None:
+    """Measurements of other settings must not be mixed: the folder remembers its own."""
+    path = out / "settings.json"
+    if path.is_file() and json.loads(path.read_text()) != own:
+        sys.exit(f"{out} holds measurements with other settings ({path.read_text().strip()}). Give another --out.")
+    path.write_text(json.dumps(own) + "\n")
+
+
 def main() -> None:
     """Parse, make what is missing, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -421,6 +429,7 @@ def main() -> None:
         child(given.child, given.model, given.out)
         return
     if not given.report:
+        check_settings(given.out, model=given.model, corpus=Path(given.corpus).name, pairs=given.pairs, rows=given.rows)
         file = given.out / "lengths.json"
         if not file.is_file():
             base = "random:tiny" if given.model == "tiny" else "bundled:smollm2-135m-instruct"

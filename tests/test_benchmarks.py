@@ -28,7 +28,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-synthetic, corpus, sampling = script("synthetic"), script("corpus"), script("sampling")
+synthetic, corpus, sampling, training = script("synthetic"), script("corpus"), script("sampling"), script("training")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,13 @@ def test_measurements_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     sampling.check_settings(sampling_options(tmp_path, sides=["one"]))  # another side of the same comparison
     with pytest.raises(SystemExit, match="holds measurements with other settings"):
         sampling.check_settings(sampling_options(tmp_path, new_tokens=5))
+
+
+def test_measurements_of_trainings_are_not_mixed_either(tmp_path: Path) -> None:
+    training.check_settings(tmp_path, model="tiny", pairs=2)
+    training.check_settings(tmp_path, model="tiny", pairs=2)
+    with pytest.raises(SystemExit, match="holds measurements with other settings"):
+        training.check_settings(tmp_path, model="bundled", pairs=2)
 
 
 def test_an_interrupted_side_goes_on_after_its_last_whole_batch(tmp_path: Path) -> None:

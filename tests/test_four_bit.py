@@ -217,3 +217,23 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
 
     with pytest.raises(UsageError, match=message):
         load_recipe(Path(__file__).parents[1] / "recipes" / "tiny.yaml", ("model.quantization=nf4", *settings))
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+def test_a_whole_run_in_four_bits_and_its_training_in_two_processes(tmp_path):
+    """Every stage, with sampled log-probs compared in dpo and lineages in verify; then SFT under DDP, step by step the same."""
+    from test_processes import STILL, assert_alike, metrics
+    from test_processes import TINY as RECIPE
+
+    from suasion.pipeline import run
+    from suasion.verify import verify_run
+
+    settings = (*STILL, "model.quantization=nf4")
+    whole, _ = run(load_recipe(RECIPE, settings), tmp_path / "one")
+    faults, _ = verify_run(whole.path)
+    assert faults == []
+    assert whole.manifest("dpo-rlaif-rlhf").facts["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert whole.manifest("dpo-rlaif").facts["logprobs_checked"] > 0
+    two, _ = run(load_recipe(RECIPE, (*settings, "processes={profile: ddp, count: 2}")), tmp_path / "two", last="sft")
+    assert_alike(metrics(whole.path, "03-sft"), metrics(two.path, "03-sft"))

@@ -19,6 +19,7 @@ from suasion.prediction import (
     Shares,
     Sizes,
     flops_a_token,
+    four_bit_bytes,
     gpu_memory,
     lines,
     measured_shares,
@@ -100,6 +101,16 @@ def test_advice_that_names_a_value_makes_it_fit(full, gib, micro, batch) -> None
             RECIPES / "persuasion-rl.yaml", (f"sft.micro_batch_tokens={micro}", f"sample.batch_size={batch}", *settings)
         )
         assert predict(better, sizes(), machine).problems == []
+
+
+def test_four_bits_are_counted_by_hand(full) -> None:
+    """50 x 8 numbers of the token table in fp32; the other 600 with 4 bits, a byte for 64 of them, and a float for 256 of those bytes."""
+    assert four_bit_bytes(SHAPE) == 4 * 400 + int(600 * (0.5 + 1 / 64 + 4 / 64 / 256))
+    assert four_bit_bytes(replace(SHAPE, tables=2)) == 4 * 800 + int(200 * (0.5 + 1 / 64 + 4 / 64 / 256))
+    quantised = full.model_copy(update={"model": full.model.model_copy(update={"quantization": "nf4"})})
+    saved = 4 * HALF_BILLION.parameters - four_bit_bytes(HALF_BILLION)
+    for stage, needed in gpu_memory(full, HALF_BILLION, 1).items():
+        assert needed - gpu_memory(quantised, HALF_BILLION, 1)[stage] == saved > 0
 
 
 def test_a_model_that_does_not_fit_at_all_is_told_so(full) -> None:

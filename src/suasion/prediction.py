@@ -233,7 +233,7 @@ def advice(stage: str, needed: int, room: float, recipe: Recipe, shape: Shape) -
     """What to change so that a stage fits, with the value where one setting will do."""
     weights = held_bytes(recipe, shape)
     if weights > room:
-        return "the weights alone do not fit: a larger GPU, model.quantization=nf4, or processes.profile=fsdp2 on several"
+        return "the weights alone do not fit: a larger GPU, model.quantization=nf4 or processes.profile=fsdp2 on several"
     if stage in ("sample", "evaluate"):
         return f"sample.batch_size={max(1, int(recipe.sample.batch_size * (room - weights) / (needed - weights)))}"
     fixed, per_token, longest, _ = training_memory(stage, recipe, shape, recipe.processes.count)
