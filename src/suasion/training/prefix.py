@@ -86,10 +86,14 @@ class Packed:
         def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return (query >= key) & (group[query] == group[key]) & ((branch[key] == 0) | (branch[key] == branch[query]))
 
-        def sees_near(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return sees(batch, head, query, key) & (position[query] - position[key] < window)
+        if window is None:
+            return sees
+        reach = window
 
-        return sees if window is None else sees_near
+        def sees_near(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return sees(batch, head, query, key) & (position[query] - position[key] < reach)
+
+        return sees_near
 
     @property
     def replies(self) -> int:
