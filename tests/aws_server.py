@@ -2,7 +2,8 @@
 
 moto 5.2.5 knows no EC2 quotas, no price list and no deep-learning image, and forgets client tokens; the proxy answers for those as AWS's
 documentation says. `faults` maps a call's number (from 0) or an action's name to what happens to it:
-'before': the connection closes unanswered and nothing happened; 'after': it happened and the answer is lost; an (HTTP status, code): an error.
+'before': the connection closes unanswered and nothing happened; 'after': it happened and the answer is lost; an (HTTP status, code) or
+(HTTP status, code, message): an error.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Aws:
 
     def own_answer(self, action: str, body: bytes) -> tuple[int, bytes, str] | None:
         """What moto cannot answer, or None."""
-        if action == "GetServiceQuota":
+        if action in ("GetServiceQuota", "GetAWSDefaultServiceQuota"):
             code = json.loads(body)["QuotaCode"]
             return (
                 200,
@@ -94,9 +95,9 @@ class Aws:
         return [client.describe_subnets(SubnetIds=[subnet])["Subnets"][0]["AvailabilityZone"]]
 
 
-def ec2_error(status: int, code: str) -> tuple[int, bytes, str]:
+def ec2_error(status: int, code: str, message: str = "as the test wants") -> tuple[int, bytes, str]:
     """An error as EC2, IAM and STS word it."""
-    inner = f"<Code>{code}</Code><Message>as the test wants</Message>"
+    inner = f"<Code>{code}</Code><Message>{message}</Message>"
     text = f"<Response><Errors><Error>{inner}</Error></Errors><Error>{inner}</Error><RequestID>r</RequestID></Response>"
     return status, text.encode(), "text/xml"
 

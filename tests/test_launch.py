@@ -6,6 +6,7 @@ What is left is listed past the proxy, by a plain boto3 client, and not by the c
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import signal
 import stat
@@ -20,11 +21,12 @@ boto3 = pytest.importorskip("boto3")
 from aws_server import IMAGE, MAKING, serve  # noqa: E402
 
 from suasion.errors import UsageError, UserError  # noqa: E402
-from suasion.launch import flow, resources  # noqa: E402
+from suasion.launch import flow, machine, resources  # noqa: E402
 from suasion.launch.account import Account  # noqa: E402
 from suasion.launch.flow import Launch, run_once  # noqa: E402
 from suasion.launch.offers import QUOTAS, Offer, find_offers  # noqa: E402
 from suasion.launch.session import key_file, load_session, new_session, require_same_account, session_file  # noqa: E402
+from suasion.launch.store import fetch_from_s3  # noqa: E402
 from suasion.machines import load_machines  # noqa: E402
 from suasion.recipe import load_recipe  # noqa: E402
 
@@ -156,7 +158,7 @@ def test_a_launch_makes_what_it_needs_and_removes_all_of_it(aws, tmp_path) -> No
     assert request["IamInstanceProfile.Name"] == launch.session.label
     assert {value for key, value in request.items() if key.endswith("ResourceType")} == {"instance", "volume"}
     script = base64.b64decode(request["UserData"]).decode()
-    assert "+240 minutes" in script  # 4 hours, below 8 dollars at 1.02 an hour
+    assert "+237 minutes" in script  # 4 hours, below 8 dollars at 1.02 an hour, less the boot
     (rule,) = asked(aws, "AuthorizeSecurityGroupIngress")
     assert (rule["IpPermissions.1.FromPort"], rule["IpPermissions.1.ToPort"]) == ("22", "22")
     assert rule["IpPermissions.1.IpRanges.1.CidrIp"] == "203.0.113.7/32"
@@ -175,7 +177,7 @@ def test_the_caps_are_what_is_left_of_them(aws, tmp_path) -> None:
     launch.session.spent_dollars, launch.session.spent_hours = 0.5, 1.0
     run_once(launch, offers_of(launch))
     script = base64.b64decode(asked(aws, "RunInstances")[0]["UserData"]).decode()
-    minutes = int(60 * 1.0 / (1.006 + launch.table.side_costs(70)))
+    minutes = int(60 * 1.0 / (1.006 + launch.table.side_costs(70))) - machine.BOOT_MINUTES
     assert f"+{minutes} minutes" in script
     launch = make(tmp_path, Machine(), max_dollars=1.5)
     launch.session.spent_dollars = 1.45
@@ -191,7 +193,11 @@ def test_spot_is_never_dearer_than_the_cap_assumes(aws, tmp_path) -> None:
     run_once(launch, offers)
     request = asked(aws, "RunInstances")[0]
     assert request["InstanceMarketOptions.MarketType"] == "spot"
-    assert float(request["InstanceMarketOptions.SpotOptions.MaxPrice"]) == pytest.approx(offers[0].price, abs=1e-6)
+    most = float(request["InstanceMarketOptions.SpotOptions.MaxPrice"])
+    assert most == pytest.approx(1.1 * offers[0].price, abs=1e-6)
+    assert launch.session.hourly == pytest.approx(
+        most + launch.table.side_costs(70), abs=1e-6
+    )  # the caps are counted at the dearest
     assert left(aws) == []
 
 
@@ -219,6 +225,44 @@ def test_no_quota(aws, tmp_path) -> None:
     with pytest.raises(UserError, match=r"needs 4 vCPUs, your limit leaves 0 \(quota L-DB2E81BA\)[\s\S]*Raise a quota"):
         offers_of(launch)
     assert not MAKING & set(aws.calls)
+
+
+def test_an_account_that_never_asked_has_the_default_limit(aws, tmp_path) -> None:
+    launch = make(tmp_path, Machine())
+    aws.faults["GetServiceQuota"] = (400, "NoSuchResourceException")
+    aws.quotas[QUOTAS["g", "on-demand"]] = 2.0
+    with pytest.raises(UserError, match="your limit leaves 2"):
+        offers_of(launch)
+    assert aws.calls.count("GetAWSDefaultServiceQuota") == 1
+
+
+def test_a_profile_that_ec2_does_not_know_yet_is_waited_for(aws, tmp_path, monkeypatch) -> None:
+    """IAM says that it exists; RunInstances refuses it all the same for a while."""
+    monkeypatch.setattr(resources, "WAIT_SECONDS", 0.0)
+    launch = make(tmp_path, Machine(), s3="s3://results/x")
+    offers = offers_of(launch)
+    original, message = (
+        aws.number,
+        f"Value ({launch.session.label}) for parameter iamInstanceProfile.name is invalid. Invalid IAM Instance Profile name",
+    )
+
+    def not_yet(name, body):
+        number = original(name, body)
+        if name == "RunInstances" and aws.calls.count(name) < 3:
+            aws.faults[number] = (400, "InvalidParameterValue", message)
+        return number
+
+    monkeypatch.setattr(aws, "number", not_yet)
+    assert run_once(launch, offers).how == "finished"
+    assert aws.calls.count("RunInstances") == 3
+    assert left(aws) == []
+    launch = make(tmp_path / "other", Machine(), s3="s3://results/x")
+    before, message = len(aws.calls), "Invalid value for another parameter"
+    aws.faults["RunInstances"] = (400, "InvalidParameterValue", message)
+    with pytest.raises(UserError, match=message):
+        run_once(launch, offers)
+    assert aws.calls[before:].count("RunInstances") == 1
+    assert left(aws) == []
 
 
 def test_what_runs_already_counts_against_the_limit(aws, tmp_path) -> None:
@@ -335,8 +379,9 @@ def test_credentials_that_expire_after_the_start(aws, tmp_path) -> None:
             run_once(launch, offers)
     finally:
         del aws.number, aws.expires
-    assert "+240 minutes" in base64.b64decode(asked(aws, "RunInstances")[0]["UserData"]).decode()
+    assert "+237 minutes" in base64.b64decode(asked(aws, "RunInstances")[0]["UserData"]).decode()
     assert load_session(launch.run).state != "removed"
+    assert load_session(launch.run).instance.startswith("i-")  # not forgotten: it runs
     assert len(left(aws)) >= 3
     with pytest.raises(UsageError, match="is launched already"):
         new_session(launch.run, launch.account, 1, 1, "")
@@ -484,6 +529,131 @@ def test_price_and_estimate_are_shown_and_a_no_makes_nothing(aws, tmp_path) -> N
     assert "rent it?" in text
     assert not MAKING & set(aws.calls)
     assert not (tmp_path / "tiny").exists()
+
+
+def test_no_machine_is_taken_that_costs_much_more_than_what_was_agreed(aws, tmp_path, monkeypatch) -> None:
+    """Where nothing cheap can be had, a machine of eight GPUs is no substitute, unless it was named."""
+    seen = []
+    aws.quotas[QUOTAS["p", "on-demand"]] = 384.0
+    monkeypatch.setattr(flow, "run_once", lambda launch, offers, detach: seen.append(offers) or flow.Ended("finished", "0"))
+    rest = (
+        "--on",
+        "aws",
+        "--region",
+        "us-east-1",
+        "--market",
+        "on-demand",
+        "--address",
+        "203.0.113.7",
+        "--runs",
+        str(tmp_path),
+        "--yes",
+    )
+    done = command(str(TINY), *rest, "--max-hours", "0.2")
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert "where that cannot be had, the next cheapest is taken, at most" in text
+    assert "the caps end the machine before that" in text
+    assert {offer.type for offer in seen[0]} == {"g6.xlarge", "g5.xlarge", "g5.2xlarge"}
+    assert command(str(TINY), *rest, "--types", "g5.xlarge,p5.48xlarge").exit_code == 0
+    assert {offer.type for offer in seen[1]} == {"g5.xlarge", "p5.48xlarge"}
+
+
+def test_what_the_machine_would_lack_is_said_before_it_is_rented(aws, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-one")
+    rest = ("--on", "aws", "--region", "us-east-1", "--types", "g5.xlarge", "--address", "203.0.113.7", "--runs", str(tmp_path))
+    judged = ("--set", "ai_labels.grader={kind: llm, model: some-model}")
+    assert "give --pass-env OPENAI_API_KEY" in str(command(str(TINY), *rest, *judged).exception)
+    done = command(str(TINY), *rest, *judged, "--pass-env", "OPENAI_API_KEY", answer="n\n")
+    assert done.exit_code == 0, done.output
+    here = ("--set", "ai_labels.grader={kind: llm, model: some-model, base_url: 'http://127.0.0.1:8000/v1'}")
+    assert "cannot reach" in str(command(str(TINY), *rest, *here).exception)
+    tracked = ("--set", "sft.report_to=wandb")
+    assert "WANDB_API_KEY" in str(command(str(TINY), *rest, *tracked).exception)
+    assert machine.needs_of(load_recipe(TINY, ("sft.report_to=wandb",))).extras == ("wandb",)
+    assert not MAKING & set(aws.calls)
+
+
+def test_an_address_that_changed_is_let_in_and_the_old_one_is_not(aws, tmp_path, monkeypatch) -> None:
+    launch = make(tmp_path, Machine())
+    run_once(launch, offers_of(launch), detach=True)
+    monkeypatch.setattr(flow, "host_of", lambda session: Machine())
+    monkeypatch.setattr(resources.remove_all, "__defaults__", ("", 40, 0.0, lambda line: None))
+    monkeypatch.setattr(flow.clean_up, "__defaults__", (0.0,))
+
+    def admitted() -> list[str]:
+        groups = past_the_proxy("ec2", aws.backend).describe_security_groups(GroupNames=[launch.session.label])["SecurityGroups"]
+        return [one["CidrIp"] for rule in groups[0]["IpPermissions"] for one in rule["IpRanges"]]
+
+    launch.learn = lambda: "198.51.100.4"
+    flow.let_in(launch)
+    assert admitted() == ["198.51.100.4/32"]
+    flow.let_in(launch)
+    assert aws.calls.count("AuthorizeSecurityGroupIngress") == 2
+    seen = []
+    original = flow.follow
+    monkeypatch.setattr(flow, "follow", lambda *arguments: seen.append(admitted()) or original(*arguments))
+    done = command("logs", "tiny", "--runs", str(launch.run.parent), "--address", "192.0.2.77")
+    assert done.exit_code == 0, done.output
+    assert seen == [["192.0.2.77/32"]]
+    assert left(aws) == []
+
+
+def stage_in_s3(aws, name: str, text: str, said: str | None = None) -> None:
+    """A finished stage as a machine copies it; `said`: what its manifest says of the text."""
+    import json
+
+    from suasion.rundir import Manifest
+
+    digest = hashlib.sha256((said or text).encode()).hexdigest()
+    manifest = Manifest(stage=name, recipe={"seed": 0}, inputs={}, outputs={"rows.jsonl": {"sha256": digest, "bytes": len(text)}}, rows_in=1,
+                        rows_out=1, dropped={}, facts={}, packages={}, commit="", device="cpu", dtype="float32", threads=1)  # fmt: skip
+    s3 = past_the_proxy("s3", aws.backend)
+    for key, body in (("rows.jsonl", text), ("manifest.json", json.dumps(manifest.model_dump(mode="json")))):
+        s3.put_object(Bucket="results", Key=f"x/tiny/{name}/{key}", Body=body.encode())
+
+
+def test_finished_stages_come_from_s3_whole_or_not_at_all(aws, tmp_path) -> None:
+    s3 = past_the_proxy("s3", aws.backend)
+    s3.create_bucket(Bucket="results")
+    stage_in_s3(aws, "01-corpus", "one\n")
+    s3.put_object(Bucket="results", Key="x/tiny/03-sft/checkpoints/state", Body=b"half")
+    s3.put_object(Bucket="results", Key="x/tiny/01-corpus/../../../escaped", Body=b"out")
+    launch = make(tmp_path, Machine(), s3="s3://results/x")
+    assert fetch_from_s3(launch.account, launch.session, launch.run) == ["01-corpus"]
+    assert (launch.run / "01-corpus" / "rows.jsonl").read_text() == "one\n"
+    assert not (launch.run / "03-sft").exists()
+    assert not list(tmp_path.rglob("escaped"))
+    assert fetch_from_s3(launch.account, launch.session, launch.run) == []
+    stage_in_s3(aws, "02-pools", "tw0\n", said="two\n")
+    with pytest.raises(UserError, match=r"02-pools/rows\.jsonl did not arrive as it was written"):
+        fetch_from_s3(launch.account, launch.session, launch.run)
+    assert not (launch.run / "02-pools").exists()
+
+
+def test_a_run_that_could_not_go_on_rents_nothing(aws, tmp_path) -> None:
+    """A bucket that is not there, and stages of another recipe: found out before a machine costs anything."""
+    words = (
+        str(TINY),
+        "--on",
+        "aws",
+        "--region",
+        "us-east-1",
+        "--types",
+        "g5.xlarge",
+        "--address",
+        "203.0.113.7",
+        "--runs",
+        str(tmp_path),
+    )
+    done = command(*words, "--s3", "s3://results/x", "--yes")
+    assert "NoSuchBucket" in str(done.exception)
+    past_the_proxy("s3", aws.backend).create_bucket(Bucket="results")
+    stage_in_s3(aws, "01-corpus", "one\n")
+    done = command(*words, "--s3", "s3://results/x", "--yes")
+    assert isinstance(done.exception, UserError)
+    assert "corpus" in str(done.exception)
+    assert not MAKING & set(aws.calls)
 
 
 def test_commands_that_cannot_be(aws, tmp_path) -> None:

@@ -41,10 +41,20 @@ SUDO = 'case $1 in systemctl|systemd-run|tee) ;; install) shift; mkdir -p "${@: 
 TEE = 'cat > "$HOME_OF_MACHINE/units/$(basename "$1")"'
 SYSTEMCTL = """
 cd "$HOME_OF_MACHINE"; echo "systemctl $*" >> calls
+case "$*" in is-active*) [ ! -f no-cap ]; exit ;; esac
 case "$*" in *enable*suasion-run*)
   set -a; script=$(sed -n 's/^ExecStart=.bin.bash //p' units/suasion-run.service)
 . "$SUASION_MEMORY/environment"; set +a
   env --default-signal=INT setsid bash "$script" > /dev/null 2>&1 < /dev/null & ;;
+esac"""
+AWS = """
+verb=$2; shift 2
+[ "$1" = --only-show-errors ] && shift
+place() { case $1 in s3://*) echo "$HOME_OF_MACHINE/${1#s3://}" ;; *) echo "$1" ;; esac; }
+from=$(place "$1") to=$(place "$2")
+case $verb in
+  cp) [ -d "$HOME_OF_MACHINE/bucket" ] || exit 1; mkdir -p "$(dirname "$to")"; cat > "$to" ;;
+  sync) [ -d "$from" ] || exit 0; mkdir -p "$to"; cp -r "$from/." "$to/" ;;
 esac"""
 EXPERIMENT = """
 echo "$1 $2 token=${HF_TOKEN:-none}"
@@ -89,9 +99,10 @@ def rented(tmp_path, monkeypatch):
         ("tee", TEE),
         ("systemctl", SYSTEMCTL),
         ("systemd-run", 'cd "$HOME_OF_MACHINE"; echo "systemd-run $*" >> calls'),
+        ("aws", AWS),
     ):
         script(tools / name, body)
-    enter = f'export PATH={tools}:$PATH HOME_OF_MACHINE={home} SUASION_MEMORY={home}/memory; cd {home} && eval "$SSH_ORIGINAL_COMMAND"'
+    enter = f'export PATH={tools}:$PATH HOME_OF_MACHINE={home} SUASION_MEMORY={home}/memory SUASION_CAP_TRIES=1 SUASION_S3_TRIES=1; cd {home} && eval "$SSH_ORIGINAL_COMMAND"'
     script(tools / "enter", enter)
     (tmp_path / "authorized").write_text(f'command="{tools}/enter" {public}')
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "host_key")], check=True)
@@ -258,6 +269,32 @@ def test_a_failed_set_up_shows_its_last_lines(launch, rented, tmp_path) -> None:
 
 
 @needs_sshd
+def test_nothing_starts_on_a_machine_that_would_not_end_by_itself(launch, rented) -> None:
+    _, host, home = rented
+    (home / "no-cap").touch()
+    with pytest.raises(UserError, match="the timer that ends this machine at its cap does not run"):
+        deploy(launch, host)
+    calls = (home / "calls").read_text()
+    assert "suasion-run" not in calls
+    assert "systemd-run --on-active=60min systemctl poweroff" in calls  # without a caller it ends itself all the same
+
+
+@needs_sshd
+def test_results_are_copied_to_s3_and_a_place_that_cannot_be_written_is_found_out_first(launch, rented) -> None:
+    session, host, home = rented
+    session.s3 = "s3://bucket/experiments"
+    with pytest.raises(UserError, match="cannot write to s3://bucket/experiments"):
+        deploy(launch, host)
+    (home / "bucket").mkdir()
+    deploy(launch, host)
+    (home / session.label / "go").touch()
+    assert follow(launch, host).how == "finished"
+    copied = home / "bucket" / "experiments" / "tiny"
+    assert (copied / "02-pools" / "rows.jsonl").read_text() == "two\n"
+    assert (copied / "launch" / "reached").read_text() == "reached\n"
+
+
+@needs_sshd
 def test_a_key_that_is_not_let_in_and_a_host_that_changed(rented, tmp_path) -> None:
     session, host, _ = rented
     other = tmp_path / "other"
@@ -281,7 +318,7 @@ def test_nobody_there(tmp_path) -> None:
 
 def test_first_boot_ends_the_machine_and_holds_nothing_else() -> None:
     text = user_data(2.5)
-    assert "+150 minutes" in text
+    assert "+147 minutes" in text  # less what passes before it runs
     assert "OnActiveSec=45min" in text
     assert "@" not in text.replace("@reboot", "")
     assert len(text) < 16 * 1024  # AWS's limit
@@ -334,8 +371,12 @@ def test_the_source_tree_installs_this_package() -> None:
 
 def test_settings_are_read_by_the_shell(tmp_path) -> None:
     session = Session(name="a.b-c", id="x", account="1", region="r", max_hours=1, max_dollars=1, s3="s3://b/p")
-    (tmp_path / "settings").write_text(settings(session))
+    (tmp_path / "settings").write_text(settings(session, ("anthropic", "wandb")))
     said = subprocess.run(
-        ["bash", "-c", '. ./settings; echo "$NAME|$S3|$LINGER_MINUTES"'], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["bash", "-c", '. ./settings; echo "$NAME|$S3|$EXTRAS|$LINGER_MINUTES"'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert said.stdout == "a.b-c|s3://b/p|60\n"
+    assert said.stdout == "a.b-c|s3://b/p|anthropic,wandb|60\n"

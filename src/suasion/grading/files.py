@@ -33,7 +33,11 @@ def resolve_grader(grader: Any, folder: Path) -> Any:
         return resolve_grader(read_mapping(file), file.parent)
     if isinstance(grader, dict):
         make_absolute(grader, folder)
-        make_absolute(grader.get("train"), folder)
+        for key in ("train", "measure"):
+            make_absolute(grader.get(key), folder)
+        template = grader.get("template")  # a shipped one has a name and no file
+        if isinstance(template, str) and (file := folder / Path(template).expanduser()).is_file():
+            grader["template"] = str(file.resolve())
         if isinstance(grader.get("members"), list):
             grader["members"] = [resolve_grader(member, folder) for member in grader["members"]]
     return grader

@@ -36,7 +36,11 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the r
 RunsOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where run directories stand.")]
 RegionOption = Annotated[str | None, typer.Option(metavar="REGION", help="AWS region; AWS_REGION or your profile's if not said.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+AddressOption = Annotated[
+    str, typer.Option(metavar="IPv4", help="Your address, the only one that is let in; asked for if not said.")
+]
 SMALLEST_VOLUME_GB = 60  # image, packages (8 GB with CUDA) and caches
+DEARER = 2.0  # where the cheapest cannot be had, the next is taken without a question up to this many times its price
 
 
 @app.command("start", hidden=True)
@@ -56,9 +60,7 @@ def start(
             "--s3", metavar="s3://BUCKET/PREFIX", help="Copy results there too, so that nobody need be there at the end."
         ),
     ] = "",
-    address: Annotated[
-        str, typer.Option(metavar="IPv4", help="Your address, the only one that is let in; asked for if not said.")
-    ] = "",
+    address: AddressOption = "",
     pass_env: Annotated[
         list[str] | None,
         typer.Option(
@@ -78,10 +80,12 @@ def start(
     """
     from suasion.launch.account import Account
     from suasion.launch.flow import Launch, caller_address, host_of, parse_s3, run_once
-    from suasion.launch.machine import moved_inputs, source_tree
+    from suasion.launch.machine import moved_inputs, needs_of, source_tree
     from suasion.launch.offers import find_offers
     from suasion.launch.session import new_session
+    from suasion.launch.store import fetch_from_s3
     from suasion.machines import load_machines
+    from suasion.pipeline import require_same_recipe
     from suasion.prediction import predict, read_sizes
     from suasion.recipe import load_recipe
 
@@ -92,6 +96,12 @@ def start(
     for name in pass_env or []:
         if "\n" in os.environ[name]:
             raise UsageError(f"--pass-env {name}: its value has several lines; only one can be handed over.")
+    needs = needs_of(loaded)
+    for name in needs.variables:
+        if name not in (pass_env or []):
+            raise UsageError(f"the recipe needs the key in {name}: give --pass-env {name}. Nothing was rented.")
+    if "wandb" in needs.extras and not {"WANDB_API_KEY", "WANDB_MODE"} & set(pass_env or []):
+        raise UsageError("report_to is wandb: give --pass-env WANDB_API_KEY (or WANDB_MODE=offline and --pass-env WANDB_MODE).")
     if s3:
         parse_s3(s3)
     moved_inputs(loaded, "")
@@ -107,6 +117,9 @@ def start(
     account = Account(region)
     run = runs / loaded.name
     session = new_session(run, account, max_hours, max_dollars, s3.rstrip("/"))
+    if s3 and (copied := fetch_from_s3(account, session, run)):  # and a bucket that is not there is found out now
+        console.print(f"{len(copied)} stage(s) of {loaded.name} stood in {s3}: fetched, they are not made again")
+    require_same_recipe(loaded, runs)
     markets: list[Any] = ["on-demand", "spot"] if market == "cheapest" else [market]
     volume_gb = SMALLEST_VOLUME_GB + round(sizes.disk_bytes / 1e9 + 0.5)
     while True:
@@ -114,10 +127,13 @@ def start(
         for line in refused:
             console.print(f"  [dim]{line}[/]")
         best = offers[0]
+        if not types:  # whoever names types has agreed to their prices
+            offers = [offer for offer in offers if offer.price <= DEARER * best.price]
         hourly = best.price + table.side_costs(volume_gb)
         console.print(
             f"cheapest: {best}, ${hourly:.3f} an hour with {volume_gb} GB of disk and an address; AWS account {account.id}"
         )
+        hours = session.hours_left(best.ceiling + table.side_costs(volume_gb))
         if known := predictions.get(best.type):
             seconds = known.seconds + 900  # boot, upload and installation
             console.print(
@@ -125,20 +141,33 @@ def start(
             )
             for problem in known.problems:
                 console.print(f"  [yellow]{problem}[/]")
-        hours = session.hours_left(hourly)
+            if seconds > hours * 3600:
+                console.print(
+                    "  [yellow]the caps end the machine before that: raise --max-hours or --max-dollars, or the run stops half-way[/]"
+                )
         console.print(
             f"caps: ${max_dollars:.2f} and {max_hours:g} h; this machine ends itself after {duration(max(hours, 0) * 3600)}"
         )
+        if (dearest := max(offers, key=lambda offer: offer.price)) is not best:
+            console.print(
+                f"where that cannot be had, the next cheapest is taken, at most {dearest.type} {dearest.market} at ${dearest.price:.4f} an hour"
+            )
+        if detach and not s3:
+            console.print(
+                "[yellow]--detach without --s3: results wait on the machine until an hour after the run's end, not longer; be back with launch logs[/]"
+            )
         if not yes and not typer.confirm("rent it?"):
             raise typer.Exit(0)
         launch = Launch(
-            account, loaded, run, session, table, address or caller_address(), volume_gb, {name: os.environ[name] for name in pass_env or []}, host_of
+            account, loaded, run, session, table, address or caller_address(), volume_gb, {name: os.environ[name] for name in pass_env or []}, host_of,
+            None if address else caller_address, needs.extras,
         )  # fmt: skip
         with interrupted_by_hangup():
             ended = run_once(launch, offers, detach)
+        _fetch_copies(launch, ended)
         if ended.how != "reclaimed":
             break
-        console.print("[yellow]the machine was taken back; what it had is here, going on with another[/]")
+        console.print("[yellow]the machine was taken back; going on with another from what is finished here[/]")
         yes = True  # the caps were agreed to
     if ended.how == "running":
         console.print(f"it runs. suasion launch logs {loaded.name} follows it, suasion launch stop {loaded.name} ends it.")
@@ -167,24 +196,27 @@ def status(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
 
 
 @app.command()
-def logs(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
+def logs(name: NameArgument, runs: RunsOption = Path("runs"), address: AddressOption = "") -> None:
     """Follow a launched run to its end, fetching stages as they finish. Ctrl-C stops looking; the machine goes on."""
     from suasion.launch.flow import clean_up, follow
 
-    launch = _launch(name, runs)
+    launch = _launch(name, runs, address)
+    if not launch.session.instance:
+        raise UserError(f"{name} has no machine any more. Its log is {runs / name / 'launch' / 'log'}.")
     ended = follow(launch, launch.host_of(launch.session))
+    _fetch_copies(launch, ended)
     clean_up(launch.account, launch.session, launch.run)
     _finish(ended, name, runs)
 
 
 @app.command()
-def fetch(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
+def fetch(name: NameArgument, runs: RunsOption = Path("runs"), address: AddressOption = "") -> None:
     """Fetch the stages that are finished by now, from the machine or, where it is gone, from S3."""
     from suasion.launch.flow import fetch_stages
     from suasion.launch.ssh import Unreachable
     from suasion.launch.store import fetch_from_s3
 
-    launch = _launch(name, runs)
+    launch = _launch(name, runs, address)
     host = launch.host_of(launch.session)
     try:
         if not launch.session.address:
@@ -254,14 +286,29 @@ def _open(name: str, runs: Path) -> Any:
     return account, session, runs / name
 
 
-def _launch(name: str, runs: Path) -> Any:
-    from suasion.launch.flow import Launch, host_of
+def _launch(name: str, runs: Path, address: str) -> Any:
+    """A launch that is under way, with the caller's present address let in."""
+    from suasion.launch.flow import Launch, caller_address, host_of, let_in
     from suasion.machines import load_machines
     from suasion.status import load_run
 
     account, session, run = _open(name, runs)
     _, recipe = load_run(run)
-    return Launch(account, recipe, run, session, load_machines(), "", 0, {}, host_of)
+    launch = Launch(
+        account, recipe, run, session, load_machines(), "", 0, {}, host_of, (lambda: address) if address else caller_address
+    )
+    if session.address:
+        let_in(launch)
+    return launch
+
+
+def _fetch_copies(launch: Any, ended: Any) -> None:
+    """What a machine that is gone had copied to S3."""
+    from suasion.launch.store import fetch_from_s3
+
+    if launch.session.s3 and ended.how in ("reclaimed", "gone"):
+        fetched = fetch_from_s3(launch.account, launch.session, launch.run)
+        console.print(f"{len(fetched)} more stage(s) fetched from {launch.session.s3}")
 
 
 def _hours_now(session: Any) -> float:
@@ -282,8 +329,12 @@ def _finish(ended: Any, name: str, runs: Path) -> None:
         return
     if ended.how == "gone":
         raise UserError(
-            f"the machine ended before the run did ({ended.detail or 'no reason given'}): it reached its cap, or was stopped. What was finished is in "
-            f"{runs / name}; launch the same recipe with higher caps and it goes on."
+            f"the machine is gone ({ended.detail or 'no reason given'}): it reached its cap, was stopped, or ended an hour after the run. What was "
+            f"fetched is in {runs / name}: look with suasion status {runs / name}. Launch the same recipe again and it goes on from there."
+        )
+    if ended.how == "reclaimed":
+        raise UserError(
+            f"the spot machine was taken back. What it had is in {runs / name}; launch the same recipe again: it goes on."
         )
     raise UserError(
         f"the run ended with exit code {ended.detail}; the log is {runs / name / 'launch' / 'log'}, and what it had is in {runs / name}. Mend the "

@@ -23,6 +23,7 @@ from suasion.launch.machine import Upload, moved_inputs, scripts, settings, sour
 from suasion.launch.offers import NOT_TO_BE_HAD, Offer
 from suasion.launch.resources import (
     Image,
+    admit,
     find_image,
     instance_facts,
     make_access,
@@ -58,7 +59,8 @@ class Ended:
 
 @dataclass
 class Launch:
-    """What a launch needs to know. host_of says where a session's machine is reached; `wait` is the pause between looks, in seconds."""
+    """What a launch needs to know. host_of says where a session's machine is reached; learn, what the caller's address is by now (None: it was
+    named); extras: of the package, to be installed there; poll: the pause between looks, in seconds."""
 
     account: Account
     recipe: Recipe
@@ -69,6 +71,8 @@ class Launch:
     volume_gb: int
     environment: dict[str, str]
     host_of: Callable[[Session], Host]
+    learn: Callable[[], str] | None = None
+    extras: tuple[str, ...] = ()
     poll: float = POLL_SECONDS
     boot: float = BOOT_SECONDS
     clean_up_wait: float = 5.0
@@ -150,7 +154,7 @@ def rent(launch: Launch, offers: Sequence[Offer]) -> Offer:
     images: dict[bool, Image] = {}
     refusals = []
     for offer in offers:
-        hourly = offer.price + launch.table.side_costs(launch.volume_gb)
+        hourly = offer.ceiling + launch.table.side_costs(launch.volume_gb)
         hours = session.hours_left(hourly)
         if hours < 0.1:
             raise UserError(
@@ -218,7 +222,7 @@ def deploy(launch: Launch, host: Host) -> None:
         f"sending package, recipe and {len(inputs)} inputs{f', and {len(earlier)} parts of the run so far' if earlier else ''}"
     )
     host.push(
-        [*source_tree(), *scripts(), *inputs, *earlier], {"recipe.yaml": text, "settings": settings(launch.session)}, launch.folder
+        [*source_tree(), *scripts(), *inputs, *earlier], {"recipe.yaml": text, "settings": settings(launch.session, launch.extras)}, launch.folder
     )  # fmt: skip
     launch.session.log_read = 0
     console.print("installing the pinned packages (a few minutes)")
@@ -256,7 +260,22 @@ def follow(launch: Launch, host: Host) -> Ended:
             if gone:
                 return gone
             console.print(f"[dim]no connection ({error}); the machine goes on, trying again[/]")
+            let_in(launch)
         time.sleep(launch.poll)
+
+
+def let_in(launch: Launch) -> None:
+    """Admit the caller again where the address has changed since: another network, a new lease. Without an answer nothing changes."""
+    if launch.learn is None:
+        return
+    try:
+        address = launch.learn()
+        if address != launch.caller:
+            admit(launch.account, launch.session, address)
+            launch.caller = address
+            console.print(f"[dim]your address is {address} now, and is let in[/]")
+    except UserError as error:
+        console.print(f"[dim]{error}[/]")
 
 
 def _is_gone(launch: Launch) -> Ended | None:
@@ -330,9 +349,10 @@ def clean_up(account: Account, session: Session, run: Path, wait: float = 5.0) -
     with _uninterrupted():
         console.print("removing everything that was made")
         left = remove_all(account, session.id, wait=wait, note=lambda line: console.print(f"  [dim]{line}[/]", soft_wrap=True))
-        hours = session.hours_left(session.hourly) if session.hourly else 0.0
-        running = session.started is not None
-        session.end()
+        running = session.started is not None and any(item.kind in ("instance", "unknown") for item in left)
+        hours = session.hours_left(session.hourly) - (time.time() - (session.started or 0)) / 3600 if running else 0.0
+        if not running:  # one that may still run is not forgotten: logs, fetch and stop go on with it
+            session.end()
         if left:
             save_session(run, session)
             raise UserError(

@@ -7,10 +7,12 @@ go over ssh; tokens into memory only.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -18,9 +20,13 @@ from suasion.errors import UserError
 from suasion.launch.session import Session
 from suasion.recipe import Recipe
 from suasion.sections.base import FILE_KEYS
+from suasion.sections.grading import AnyGrader, LlmGrader, PanelGrader
+from suasion.sections.sampling import EndpointEngine
 
 UNCLAIMED_MINUTES = 45  # boot, ssh and the upload take a few; a machine without a caller must not live longer
 LINGER_MINUTES = 60  # after the run has ended, for a caller that was away
+BOOT_MINUTES = 3  # from the start of the bill to the first-boot script that counts the cap; assumed, not measured
+LOOPBACK = ("localhost", "::1", "0.0.0.0")
 SCRIPTS = ("install.sh", "run.sh", "notice.sh", "poll.sh", "suasion-run.service", "suasion-notice.service")
 SOURCE = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "scripts/setup_env.sh")
 
@@ -36,7 +42,8 @@ class Upload:
 def user_data(hours: float) -> str:
     """The first-boot script of a machine that must end after so many hours."""
     text = (files("suasion.launch") / "remote" / "first-boot.sh").read_text(encoding="utf-8")
-    return text.replace("@MINUTES@", str(max(1, int(hours * 60)))).replace("@UNCLAIMED@", str(UNCLAIMED_MINUTES))
+    minutes = max(1, int(hours * 60) - BOOT_MINUTES)
+    return text.replace("@MINUTES@", str(minutes)).replace("@UNCLAIMED@", str(min(minutes, UNCLAIMED_MINUTES)))
 
 
 def moved_inputs(recipe: Recipe, remote_folder: str) -> tuple[str, list[Upload]]:
@@ -64,12 +71,56 @@ def moved_inputs(recipe: Recipe, remote_folder: str) -> tuple[str, list[Upload]]
             return {name: walk(item, name) for name, item in value.items()}
         if isinstance(value, list):
             return [walk(item, key) for item in value]
-        return moved(value) if isinstance(value, str) and key in FILE_KEYS and value.startswith("/") else value
+        return moved(value) if isinstance(value, str) and key in (*FILE_KEYS, "template") and value.startswith("/") else value
 
     data = walk(recipe.model_dump(mode="json"))
     if data["model"]["base"].startswith("/"):
         data["model"]["base"] = moved(data["model"]["base"])
     return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True)), uploads
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a recipe asks of its machine beyond the base packages: extras of this package, and environment variables with keys."""
+
+    extras: tuple[str, ...]
+    variables: tuple[str, ...]
+
+
+def needs_of(recipe: Recipe) -> Needs:
+    """Known before anything is rented, so that no machine computes for hours to find that a key or a package is missing.
+
+    Raises UserError for a server that only this machine can reach, and for a training on several machines: one is rented.
+    """
+    if recipe.processes.machines > 1:
+        raise UserError("processes.machines is above 1: launch rents one machine. skypilot/two-nodes.yaml takes several.")
+    graders = [
+        grader
+        for named in (recipe.ai_labels.grader, recipe.evaluate.grader)
+        for grader in (named.members if isinstance(named, PanelGrader) else (named,))
+    ]
+    addresses = [grader.base_url for grader in graders if isinstance(grader, LlmGrader) and grader.base_url]
+    variables = [_key_of(grader) for grader in graders]
+    if isinstance(recipe.sample.engine, EndpointEngine):
+        addresses += recipe.sample.engine.urls
+        variables.append(recipe.sample.engine.key_env or "")
+    for address in addresses:
+        host = urlsplit(address).hostname or ""
+        if host in LOOPBACK or host.startswith("127."):
+            raise UserError(f"the recipe asks {address}, which the rented machine cannot reach. Nothing was rented.")
+    trackers = {section.report_to for section in (recipe.sft, *recipe.dpo)} - {"none"}
+    provider = {"anthropic"} if any(isinstance(item, LlmGrader) and item.provider == "anthropic" for item in graders) else set()
+    return Needs(tuple(sorted(trackers | provider)), tuple(dict.fromkeys(filter(None, variables))))
+
+
+def _key_of(grader: AnyGrader) -> str:
+    """The variable that holds a grader's key; '' where it wants none."""
+    if not isinstance(grader, LlmGrader) or grader.provider == "local":
+        return ""
+    if grader.key_env is not None:
+        return grader.key_env
+    default = "ANTHROPIC_API_KEY" if grader.provider == "anthropic" else "OPENAI_API_KEY"
+    return "" if grader.base_url is not None else default
 
 
 def source_tree() -> list[Upload]:
@@ -104,6 +155,6 @@ def scripts() -> list[Upload]:
     return [Upload(folder / name, name) for name in SCRIPTS]
 
 
-def settings(session: Session) -> str:
+def settings(session: Session, extras: Sequence[str] = ()) -> str:
     """The file that the machine's scripts read. Names are checked where they come from; quotes are for paths."""
-    return f"NAME='{session.name}'\nS3='{session.s3}'\nLINGER_MINUTES={LINGER_MINUTES}\n"
+    return f"NAME='{session.name}'\nS3='{session.s3}'\nEXTRAS='{','.join(extras)}'\nLINGER_MINUTES={LINGER_MINUTES}\n"

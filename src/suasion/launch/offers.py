@@ -33,7 +33,13 @@ QUOTAS = {
 NOT_TO_BE_HAD = {
     "InsufficientInstanceCapacity", "InsufficientHostCapacity", "InsufficientCapacity", "SpotMaxPriceTooLow", "MaxSpotInstanceCountExceeded",
     "VcpuLimitExceeded", "InstanceLimitExceeded", "Unsupported", "UnfulfillableCapacity",
+    "AuthFailure.ServiceLinkedRoleCreationNotPermitted",  # of an account's first spot request
 }  # fmt: skip
+
+
+#: AWS interrupts a spot machine whose price rises above the greatest that was named ("Spot price history": prices move slowly, but they
+#: do). A tenth more keeps a small move from ending a run; caps in dollars are counted at that price.
+SPOT_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,11 @@ class Offer:
     gpus: int
     host_gib: float
     gpu_gib: float
+
+    @property
+    def ceiling(self) -> float:
+        """The most that an hour can cost: of a spot machine the price above which AWS takes it back."""
+        return self.price * (SPOT_MARGIN if self.market == "spot" else 1.0)
 
     def __str__(self) -> str:
         return f"{self.type} {self.market} in {self.zone} at ${self.price:.4f} an hour ({self.source})"
@@ -168,13 +179,20 @@ def limit(account: Account, group: str, market: Market) -> float:
     code = QUOTAS.get((group, market))
     if code is None:
         return 0.0
+    quotas = account.client("service-quotas")
     with told("look up your limits"):
-        try:
-            return float(account.client("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"])
-        except ClientError as error:
-            if code_of(error) in FORBIDDEN:
-                return float("inf")
-            raise
+        for ask in (
+            quotas.get_service_quota,
+            quotas.get_aws_default_service_quota,
+        ):  # an account that never asked has the default
+            try:
+                return float(ask(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"])
+            except ClientError as error:
+                if code_of(error) in FORBIDDEN:
+                    break
+                if code_of(error) != "NoSuchResourceException":
+                    raise
+    return float("inf")
 
 
 def spot_prices(account: Account, types: Sequence[str]) -> dict[tuple[str, str], tuple[float, str]]:

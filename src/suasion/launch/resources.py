@@ -19,8 +19,9 @@ from suasion.launch.session import Session
 
 RUN_TAG, SESSION_TAG = "suasion:run", "suasion:session"
 IAM_PATH = "/suasion/"
-ROUNDS = 40
+ROUNDS = 120  # of 5 seconds: large GPU machines take minutes to shut down, and their security group stays as long
 WAIT_SECONDS = 5.0
+PROFILE_TRIES = 25
 
 # Public SSM parameters that name the newest image. AWS: "Find your DLAMI ID" (docs.aws.amazon.com/dlami); Canonical: "Find Ubuntu images
 # on AWS". Ubuntu 24.04, because its Python is 3.12. Looked up 2026-11-24.
@@ -95,10 +96,7 @@ def make_access(account: Account, session: Session, public_key: bytes, caller: s
                 TagSpecifications=[{"ResourceType": "security-group", "Tags": tags(session)}],
             )  # fmt: skip
             group = _group(account, session)
-        _unless_there(
-            "InvalidPermission.Duplicate", account.ec2.authorize_security_group_ingress, GroupId=group,
-            IpPermissions=[{"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": f"{caller}/32"}]}],
-        )  # fmt: skip
+        _admit(account, group, caller)
     return group, subnets[0]["SubnetId"]
 
 
@@ -167,12 +165,52 @@ def start_instance(
             "SpotOptions": {
                 "SpotInstanceType": "one-time",
                 "InstanceInterruptionBehavior": "terminate",
-                "MaxPrice": f"{offer.price:.6f}",
+                "MaxPrice": f"{offer.ceiling:.6f}",
             },
         }
     if profile:
         request["IamInstanceProfile"] = {"Name": profile}
-    return str(account.ec2.run_instances(**request)["Instances"][0]["InstanceId"])
+    from botocore.exceptions import ClientError
+
+    tries = PROFILE_TRIES
+    while True:
+        try:
+            return str(account.ec2.run_instances(**request)["Instances"][0]["InstanceId"])
+        except ClientError as error:  # EC2 learns of a new instance profile later than IAM (terraform #15341: up to two minutes)
+            tries -= 1
+            if not profile or not tries or not _profile_unknown(error):
+                raise
+        time.sleep(WAIT_SECONDS)
+
+
+def _profile_unknown(error: Any) -> bool:
+    message = error.response["Error"].get("Message", "").lower()
+    return code_of(error) == "InvalidParameterValue" and "iam" in message and "instance" in message and "profile" in message
+
+
+def admit(account: Account, session: Session, caller: str) -> None:
+    """Let the caller's present address in by ssh, and nobody else: laptops move between networks."""
+    with told("let your address in"):
+        found = account.ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": [session.label]}])[
+            "SecurityGroups"
+        ]
+        if not found:
+            return
+        ranges = [one for rule in found[0].get("IpPermissions", []) for one in rule.get("IpRanges", [])]
+        others = [{"CidrIp": one["CidrIp"]} for one in ranges if one["CidrIp"] != f"{caller}/32"]
+        _admit(account, found[0]["GroupId"], caller)
+        if others:
+            account.ec2.revoke_security_group_ingress(GroupId=found[0]["GroupId"], IpPermissions=[_ssh(others)])
+
+
+def _admit(account: Account, group: str, caller: str) -> None:
+    _unless_there(
+        "InvalidPermission.Duplicate", account.ec2.authorize_security_group_ingress, GroupId=group, IpPermissions=[_ssh([{"CidrIp": f"{caller}/32"}])]
+    )  # fmt: skip
+
+
+def _ssh(ranges: list[dict[str, str]]) -> dict[str, Any]:
+    return {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": ranges}
 
 
 def instance_facts(account: Account, instance: str) -> dict[str, Any]:
