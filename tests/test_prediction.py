@@ -71,8 +71,10 @@ def test_the_full_size_fits_on_an_a10g_and_its_dollars_are_hours_times_price(ful
     made = predict(full, sizes(), machine)
     assert made.problems == []
     assert made.seconds == pytest.approx(sum(stage.seconds for stage in made.stages))
-    text = "\n".join(lines(full, sizes(), ["g5.xlarge", "p5.48xlarge"], table))
-    assert f"${made.seconds / 3600 * 1.006:.2f} at $1.006 an hour of 2026-11-24" in text
+    unpriced = table.machines["p5.48xlarge"].model_copy(update={"price": None})
+    asked = table.model_copy(update={"machines": {**table.machines, "p5.48xlarge": unpriced}})
+    text = "\n".join(lines(full, sizes(), ["g5.xlarge", "p5.48xlarge"], asked))
+    assert f"${made.seconds / 3600 * 1.006:.2f} at $1.006 an hour of {table.date}" in text
     assert "price asked at launch" in text
     assert "assumed" in text
 
@@ -82,6 +84,10 @@ def test_more_processes_train_faster_and_need_gpus(full) -> None:
     several = full.model_copy(update={"processes": full.processes.model_copy(update={"profile": "ddp", "count": 4})})
     one, four = predict(full, sizes(), machine), predict(several, sizes(), machine)
     assert four.rates.train == 4 * one.rates.train
+    assert four.rates.decode == 4 * one.rates.decode
+    two_machines = several.model_copy(update={"processes": several.processes.model_copy(update={"machines": 2})})
+    assert predict(two_machines, sizes(), machine).rates.train == 8 * one.rates.train
+    assert predict(two_machines, sizes(), machine).rates.decode == 4 * one.rates.decode
     assert four.problems == []
     too_many = predict(several, sizes(), load_machines().machines["g5.xlarge"])
     assert any("it has 1 GPUs" in problem for problem in too_many.problems)
