@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +18,11 @@ import torch
 from suasion.errors import UsageError, UserError
 from suasion.pipeline import run
 from suasion.recipe import load_recipe
+from suasion.training import joining as joining_module
 from suasion.training import processes
 from suasion.training.processes import launch_command
 from suasion.verify import verify_run
+from suasion.workers import PARENT
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STILL = ("sft.lora.dropout=0", *(f"dpo.{arm}.lora.dropout=0" for arm in ("rlaif", "rlhf", "rlaif-rlhf", "rlaif-matched")))
@@ -37,6 +40,8 @@ def test_a_profile_needs_processes_and_processes_a_profile() -> None:
         load_recipe(TINY, ("processes.profile=ddp",))
     with pytest.raises(UsageError, match="nothing is spread"):
         load_recipe(TINY, ("processes.count=2",))
+    with pytest.raises(UsageError, match="need the address"):
+        load_recipe(TINY, ("processes={profile: ddp, machines: 2}",))
 
 
 def test_profiles_become_accelerates_options() -> None:
@@ -47,6 +52,16 @@ def test_profiles_become_accelerates_options() -> None:
     assert ddp[ddp.index("--num_processes") + 1] == "2"
     assert fsdp[fsdp.index("--fsdp_version") + 1] == "2"
     assert "--multi_gpu" not in fsdp
+    several = load_recipe(TINY, ("processes={profile: ddp, count: 8, machines: 2, address: 10.0.0.1}",))
+    other = launch_command(several, Path("c.json"), "cuda", machine=1)
+    for option, value in (
+        ("num_processes", "16"),
+        ("num_machines", "2"),
+        ("machine_rank", "1"),
+        ("main_process_ip", "10.0.0.1"),
+        ("main_process_port", "29500"),
+    ):
+        assert other[other.index(f"--{option}") + 1] == value
 
 
 def metrics(run_: Path, stage: str) -> list[dict[str, float]]:
@@ -99,6 +114,60 @@ def test_every_profile_trains_as_one_through_the_whole_run(alone, tmp_path, prof
     assert first[1]["loss"] == pytest.approx(first[0]["loss"], abs=1e-5)  # ln 2; what follows depends on what sft wrote
     faults, _ = verify_run(directory.path)
     assert faults == []
+
+
+def joining(run_: Path, machine: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "suasion.cli", "join", str(run_), "--machine", str(machine)])
+
+
+def on_two_machines(profile: str) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return f"processes={{profile: {profile}, count: 1, machines: 2, address: 127.0.0.1, port: {port}}}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["ddp", "fsdp2"])
+def test_two_machines_train_as_one(alone, tmp_path, profile) -> None:
+    """Two launchers on this machine, each of one process, stand for two machines; what they share is the folder and the address."""
+    runs = copy_of(alone, tmp_path)
+    other = joining(runs / "tiny", 1)
+    directory, _ = run(load_recipe(TINY, (*STILL, *UNEVEN, on_two_machines(profile))), runs, last="sft", redo="sft")
+    assert other.wait(60) == 0
+    assert_alike(metrics(alone, "03-sft"), metrics(directory.path, "03-sft"))
+    assert directory.manifest("sft").facts["processes"] == {"profile": profile, "count": 2}
+
+
+@pytest.mark.slow
+def test_a_machine_that_dies_ends_the_training_clearly_and_it_goes_on_when_it_is_back(alone, tmp_path) -> None:
+    runs = copy_of(alone, tmp_path)
+    recipe = load_recipe(TINY, (*STILL, *UNEVEN, "sft.epochs=6", "sft.checkpoints=5", on_two_machines("ddp")))
+    context = runs / "tiny" / "03-sft" / "checkpoints" / "context.json"
+    lost = joining(runs / "tiny", 1)
+
+    def lose_it_after_a_checkpoint() -> None:
+        while not list(context.parent.glob("checkpoint-*/complete")):
+            time.sleep(0.01)
+        found = subprocess.run(["pgrep", "-f", str(context)], capture_output=True, text=True, check=True).stdout.split()
+        theirs = [int(pid) for pid in found if f"{PARENT}={lost.pid}".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+        for pid in (lost.pid, *theirs):
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=lose_it_after_a_checkpoint, daemon=True).start()
+    with pytest.raises(UserError, match=r"one of 2 processes on 2 machines died[\s\S]*goes on from the last checkpoint"):
+        run(recipe, runs, last="sft", redo="sft")
+    lost.wait()
+    back = joining(runs / "tiny", 1)
+    directory, _ = run(recipe, runs, last="sft")
+    assert back.wait(60) == 0
+    rows = metrics(directory.path, "03-sft")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_joining_needs_a_run_that_begins(tmp_path) -> None:
+    with pytest.raises(UserError, match="no run on several machines began"):
+        joining_module.join(tmp_path, 1, patience=0.0)
 
 
 @pytest.mark.slow

@@ -149,6 +149,19 @@ def plan(
 
 
 @app.command()
+def join(
+    run_: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory, on a file system that all machines share.")],
+    machine: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of this machine, from 1; `suasion run` is on machine 0.")
+    ],
+) -> None:
+    """Take part in a run's trainings on several machines (processes.machines), until the run on the first machine ends."""
+    from suasion.training.joining import join as take_part
+
+    console.print(f"took part in {take_part(run_, machine)} training(s); the run has ended")
+
+
+@app.command()
 def status(run_: RunArgument) -> None:
     """Show which stages of a run are finished, how long they took, and what is next."""
     from suasion.status import print_status

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,19 +205,22 @@ def run(
         blocked: frozenset[str] = frozenset()
         start = names.index(first) if first else 0
         stop = names.index(last) if last else len(names) - 1
-        for index, name in enumerate(names[: stop + 1]):
-            if name in blocked:
-                continue
-            stage = next(stage for stage in stages(recipe, blocked) if stage.name == name)
-            if index < start:
-                if directory.state(name) != "complete":
-                    raise UsageError(f"--from {first}: stage {name} before it is {directory.state(name)}. Run without --from.")
-                continue
-            try:
-                run_stage(directory, recipe, stage, waiting)
-            except WaitingForPeople as error:
-                waiting, blocked = error, needs_people(recipe) | {"human-labels"}
-                console.print(f"[yellow]{name}: waiting for people.[/] {error}")
+        with _announced(directory, recipe):
+            for index, name in enumerate(names[: stop + 1]):
+                if name in blocked:
+                    continue
+                stage = next(stage for stage in stages(recipe, blocked) if stage.name == name)
+                if index < start:
+                    if directory.state(name) != "complete":
+                        raise UsageError(
+                            f"--from {first}: stage {name} before it is {directory.state(name)}. Run without --from."
+                        )
+                    continue
+                try:
+                    run_stage(directory, recipe, stage, waiting)
+                except WaitingForPeople as error:
+                    waiting, blocked = error, needs_people(recipe) | {"human-labels"}
+                    console.print(f"[yellow]{name}: waiting for people.[/] {error}")
         return directory, waiting
 
 
@@ -280,12 +284,26 @@ def _train(stage: Stage, context: StageContext) -> StageResult:
     return train_apart(context, stage.module, _hardware(context.recipe)["device"])
 
 
+def _announced(directory: RunDir, recipe: Recipe) -> AbstractContextManager[None]:
+    """From it the other machines of a run on several know that it goes on."""
+    if recipe.processes.machines == 1:
+        return nullcontext()
+    from suasion.training.joining import announced
+
+    return announced(directory.path)
+
+
 def _is_same_attempt(folder: Path, attempt: dict[str, Any]) -> bool:
     """Whether an unfinished folder belongs to the same recipe slice, inputs and hardware."""
     try:
         return bool(read_json(folder / ATTEMPT) == attempt)
     except UserError:
         return False
+
+
+def require_same_recipe(recipe: Recipe, runs: Path) -> None:
+    """Raises UserError where finished stages of the recipe's run directory were made with another recipe: it could not go on anywhere."""
+    _refuse_changed_recipe(open_run(recipe, runs), recipe, [stage.name for stage in stages(recipe)])
 
 
 def _refuse_changed_recipe(directory: RunDir, recipe: Recipe, names: list[str]) -> None:
@@ -334,7 +352,7 @@ def what_it_reads(directory: RunDir, recipe: Recipe, stage: Stage) -> dict[str, 
 
 def how_it_computes(recipe: Recipe) -> dict[str, Any]:
     """What an unfinished attempt must have in common with the next, besides what it reads, to be gone on with."""
-    return {"hardware": _hardware(recipe), "processes": recipe.processes.model_dump(include={"profile", "count"})}
+    return {"hardware": _hardware(recipe), "processes": recipe.processes.model_dump(include={"profile", "count", "machines"})}
 
 
 def _hardware(recipe: Recipe) -> dict[str, Any]:

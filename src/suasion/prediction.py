@@ -202,14 +202,14 @@ def training_memory(stage: str, recipe: Recipe, shape: Shape, processes: int) ->
 
 
 def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | None = None) -> Prediction:
-    """Hours and memory of every stage on one GPU of the machine, or on as many as the recipe's profile uses."""
+    """Hours and memory of every stage on one GPU of the machine, or on as many, of as many such machines, as the recipe's profile uses."""
     shares = shares or Shares()
     shape, lengths = sizes.shape, sizes.lengths
-    processes = recipe.processes.count
+    count, machines = recipe.processes.count, recipe.processes.machines
     rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares)
-    spread = Rates(rates.prefill, rates.decode, rates.train * processes, rates.weight_bytes)
-    memory = gpu_memory(recipe, shape, processes)
-    host = HOST_BYTES + held_bytes(recipe, shape) * processes  # each loads the base before it moves to its GPU
+    spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines, rates.weight_bytes)
+    memory = gpu_memory(recipe, shape, count * machines)
+    host = HOST_BYTES + held_bytes(recipe, shape) * count  # each loads the base before it moves to its GPU
     problems = []
     assert machine.gpu is not None
     room = machine.gpu.gib * GIB * MEMORY_SHARE
@@ -222,8 +222,8 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
         problems.append(
             f"loading needs {host / GIB:.1f} GiB of the host's {machine.host_gib:g}: take a larger size of the same machine"
         )
-    if processes > machine.gpus:
-        problems.append(f"processes.count is {recipe.processes.count}, it has {machine.gpus} GPUs")
+    if count > machine.gpus:
+        problems.append(f"processes.count is {count}, it has {machine.gpus} GPUs")
     return Prediction(
         stage_plans(recipe, lengths, spread, sizes.sft_rows, sizes.imported), spread, memory, host, problems, shares
     )
@@ -236,7 +236,7 @@ def advice(stage: str, needed: int, room: float, recipe: Recipe, shape: Shape) -
         return "the weights alone do not fit: a larger GPU, model.quantization=nf4 or processes.profile=fsdp2 on several"
     if stage in ("sample", "evaluate"):
         return f"sample.batch_size={max(1, int(recipe.sample.batch_size * (room - weights) / (needed - weights)))}"
-    fixed, per_token, longest, _ = training_memory(stage, recipe, shape, recipe.processes.count)
+    fixed, per_token, longest, _ = training_memory(stage, recipe, shape, recipe.processes.count * recipe.processes.machines)
     fits = int((room - fixed) / per_token)
     if fits < longest:
         return "shorter rows (model.max_length, sample.max_new_tokens) or a larger GPU"
@@ -252,7 +252,7 @@ def lines(recipe: Recipe, sizes: Sizes, names: list[str], table: MachineTable, s
         price = (
             "price asked at launch"
             if machine.price is None
-            else f"${made.seconds / 3600 * machine.price:.2f} at ${machine.price:.4g} an hour"
+            else f"${made.seconds / 3600 * machine.price * recipe.processes.machines:.2f} at ${machine.price:.4g} an hour"
         )
         gpu = machine.gpu
         assert gpu is not None

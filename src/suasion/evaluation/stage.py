@@ -58,12 +58,13 @@ def run_stage(stage: StageContext) -> StageResult:
             recipe.seed,
             journal,
             f"responses of {name}",
+            recipe.processes.count,
         ).rows
         said[name] = {row.prompt_id: row for row in rows}
 
     spec, scope = recipe.evaluate.grader, f"{recipe.name} {stage.stage}"
     training = training_of(stage)
-    grader = build_grader(spec, training, recipe.seed, scope)
+    grader = build_grader(spec, training, recipe.seed, scope, recipe.processes.count)
     measured = measure(spec, training, recipe.seed, grader, scope)
     console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
     asked: list[tuple[str, str, str, str]] = []

@@ -22,15 +22,15 @@ from suasion.seeding import derive_seed
 Training = Callable[[sections.PairData], Sequence[TrainingPair]]
 
 
-def build_grader(spec: sections.AnyGrader, training: Training, seed: int, scope: str = "") -> Grader:
+def build_grader(spec: sections.AnyGrader, training: Training, seed: int, scope: str = "", processes: int = 1) -> Grader:
     """A grader ready to judge. scope: what a cost cap is counted for (a run, a bench folder).
 
     Raises UserError where data, a model, a package or a key is missing.
     """
     if isinstance(spec, sections.LlmGrader):
-        return _llm(spec, seed, scope)
+        return _llm(spec, seed, scope, processes)
     if isinstance(spec, sections.PanelGrader):
-        return _panel(spec, training(spec.train), seed, scope)
+        return _panel(spec, training(spec.train), seed, scope, processes)
     return train_grader(spec, training(spec.train), seed)
 
 
@@ -58,14 +58,14 @@ def drawn(pairs: Sequence[TrainingPair], count: int, seed: int) -> list[Training
     return sorted(pairs, key=key)[:count]
 
 
-def _llm(spec: sections.LlmGrader, seed: int, scope: str) -> Grader:
+def _llm(spec: sections.LlmGrader, seed: int, scope: str, processes: int = 1) -> Grader:
     from suasion.grading.rubric import load_rubric
 
     rubric = load_rubric(spec.template)
     if spec.provider == "local":
         from suasion.grading.local_llm import LocalLlmGrader
 
-        return LocalLlmGrader(spec, rubric, seed)
+        return LocalLlmGrader(spec, rubric, seed, processes)
     from suasion.grading.ledger import Ledger
     from suasion.grading.llm import ServedLlmGrader
     from suasion.grading.providers import make_provider, terms_line
@@ -83,12 +83,12 @@ def requests_file() -> Path:
     return cache_dir() / "grader-requests.sqlite"
 
 
-def _panel(spec: sections.PanelGrader, pairs: Sequence[TrainingPair], seed: int, scope: str) -> Grader:
+def _panel(spec: sections.PanelGrader, pairs: Sequence[TrainingPair], seed: int, scope: str, processes: int) -> Grader:
     from suasion.grading.panel import Member, PanelGrader
 
     members = []
     for number, member in enumerate(spec.members, start=1):
-        grader = build_grader(member, lambda _: pairs, seed, scope)
+        grader = build_grader(member, lambda _: pairs, seed, scope, processes)
         measured = measure(_measurable(member, spec.train), lambda _: pairs, seed, grader, scope)
         if measured is None:
             raise UserError(f"member {number} of the panel could not be measured, so that it has no weight.")

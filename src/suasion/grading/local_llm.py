@@ -2,13 +2,13 @@
 
 The model is asked for one letter, and P(first) = p(A) / (p(A) + p(B)) at the place where it would write it (as Lee et al. 2023, arXiv
 2309.00267, read their labeller). Both orders; the two log-probabilities of each stand in `raw`. A small model has next to no judgement,
-and the bench shows it: canaries and accuracy say whether its verdicts mean anything.
+and the bench shows it: canaries and accuracy say whether its verdicts mean anything. With `processes.count` above 1 the batches are read
+by as many processes, one a GPU (workers.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from suasion.sections.training import ModelSection
 BATCH_TOKENS = 4096
 VERDICTS = ("A", "B")
 DECIMALS = 5  # absorbs rounding that depends on how texts were batched
+Reader = Callable[[Sequence[Sequence[int]]], list[list[float]]]
 
 
 class LocalLlmGrader:
@@ -32,10 +33,11 @@ class LocalLlmGrader:
 
     kind = "llm"
 
-    def __init__(self, spec: LlmGrader, rubric: Rubric, seed: int):
+    def __init__(self, spec: LlmGrader, rubric: Rubric, seed: int, processes: int = 1):
         from suasion.models import base_hash
 
-        self.spec, self.rubric, self.seed = spec, rubric, seed
+        self.spec, self.rubric, self.seed, self.processes = spec, rubric, seed, processes
+        self._reader: Reader | None = None
         self.section = ModelSection(base=spec.model, system_prompt=rubric.system)
         self.template_hash = rubric.hash
         settings = spec.model_dump(mode="json", exclude={*LlmGrader.TRANSPORT, "model"})
@@ -57,52 +59,49 @@ class LocalLlmGrader:
     def estimate(self, items: Sequence[Comparison]) -> None:
         """Nothing is paid for here."""
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any, tuple[int, int], Any]:
-        from suasion.chat import Renderer
-        from suasion.models import Lineage, compute, load_merged, load_tokenizer
-
-        hardware = compute(self.section)
-        renderer = Renderer(load_tokenizer(self.section), self.rubric.system)
-        ids = [renderer.encode(letter) for letter in VERDICTS]
-        if any(len(one) != 1 for one in ids):
-            raise UserError(f"the tokenizer of {self.spec.model} has no single token for A or for B. Choose another model.")
-        return load_merged(Lineage(self.section), hardware.device), renderer, (ids[0][0], ids[1][0]), hardware
-
     def _read(self, shown: Sequence[Comparison]) -> list[Judgement]:
-        import torch
+        from transformers import AutoConfig
 
+        from suasion.chat import Renderer
+        from suasion.models import base_folder, load_tokenizer
         from suasion.records import Turn
 
         if not shown:
             return []
-        model, renderer, letters, hardware = self._loaded
+        renderer = Renderer(load_tokenizer(self.section), self.rubric.system)
+        letters = [renderer.encode(letter) for letter in VERDICTS]
+        if any(len(one) != 1 for one in letters):
+            raise UserError(f"the tokenizer of {self.spec.model} has no single token for A or for B. Choose another model.")
         prompts = [renderer.render([Turn(role="user", text=self.rubric.pair(one, self.seed, "local"))]).ids for one in shown]
-        longest = int(getattr(model.config, "max_position_embeddings", 0)) or None
-        scores: dict[int, tuple[float, float]] = {}
+        config = AutoConfig.from_pretrained(base_folder(self.section), trust_remote_code=False)
+        longest = int(getattr(config, "max_position_embeddings", 0)) or max(map(len, prompts))
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), shown[i].context, shown[i].a))
-        with progress("read verdict tokens", len(shown), "verdicts") as advance:
-            while order:
-                width = len(prompts[order[0]])
-                batch, order = order[: max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width) :]
-                if longest is not None and width > longest:
-                    advance(len(batch))
-                    continue
-                # Padded at the right: a causal model's logits at a row's last token do not see what follows it.
-                tokens = torch.zeros((len(batch), width), dtype=torch.long)
-                for row, i in enumerate(batch):
-                    tokens[row, : len(prompts[i])] = torch.tensor(prompts[i])
-                lengths = torch.tensor([len(prompts[i]) for i in batch])
-                mask = torch.arange(width)[None, :] < lengths[:, None]
-                with torch.no_grad(), hardware.autocast():
-                    hidden = model.base_model(
-                        input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)
-                    ).last_hidden_state
-                    last = hidden[torch.arange(len(batch)), lengths - 1]
-                    logprobs = model.lm_head(last).float().log_softmax(-1)[:, list(letters)].cpu().double()
-                for i, (a, b) in zip(batch, logprobs.tolist(), strict=True):
-                    scores[i] = (round(a, DECIMALS), round(b, DECIMALS))
-                advance(len(batch))
+        batches: list[list[int]] = []
+        order = [i for i in order if len(prompts[i]) <= longest]
+        while order:
+            count = max(1, BATCH_TOKENS // len(prompts[order[0]]))
+            batches.append(order[:count])
+            order = order[count:]
+        scores: dict[int, tuple[float, float]] = {}
+        setup = {"model": self.section.model_dump(mode="json"), "letters": [one[0] for one in letters]}
+        with progress("read verdict tokens", sum(map(len, batches)), "verdicts") as advance:
+
+            def keep(key: str, read: list[list[float]]) -> None:
+                for i, (a, b) in zip(batches[int(key)], read, strict=True):
+                    scores[i] = (a, b)
+                advance(len(read))
+
+            work = [(str(number), [prompts[i] for i in batch]) for number, batch in enumerate(batches)]
+            if self.processes > 1 and len(work) > 1:
+                from suasion.models import compute
+                from suasion.workers import spread
+
+                maker = "suasion.grading.local_llm:verdict_reader"
+                spread(maker, setup, work, keep, self.processes, compute(self.section).device)
+            else:
+                self._reader = self._reader or verdict_reader(setup)
+                for key, batch in work:
+                    keep(key, self._reader(batch))
         return [self._judgement(scores.get(i)) for i in range(len(shown))]
 
     @staticmethod
@@ -113,3 +112,31 @@ class LocalLlmGrader:
         return Judgement(
             p, "tie" if read[0] == read[1] else "a" if p > 0.5 else "b", "", canonical_json({"A": read[0], "B": read[1]})
         )
+
+
+def verdict_reader(setup: dict[str, Any]) -> Reader:
+    """Load the model; what comes back reads one batch of prompts (token ids): log p(A), log p(B) of each, at the prompt's end."""
+    import torch
+
+    from suasion.models import Lineage, compute, load_merged
+
+    section = ModelSection.model_validate(setup["model"])
+    hardware = compute(section)
+    model = load_merged(Lineage(section), hardware.device)
+
+    @torch.no_grad()
+    def read(prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        # Padded at the right: a causal model's logits at a row's last token do not see what follows it.
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = int(lengths.max())
+        tokens = torch.zeros((len(prompts), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        mask = torch.arange(width)[None, :] < lengths[:, None]
+        with hardware.autocast():
+            hidden = model.base_model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
+            last = hidden[torch.arange(len(prompts)), lengths - 1]
+            logprobs = model.lm_head(last).float().log_softmax(-1)[:, setup["letters"]].cpu().double()
+        return [[round(value, DECIMALS) for value in pair] for pair in logprobs.tolist()]
+
+    return read

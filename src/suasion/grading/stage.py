@@ -55,7 +55,7 @@ def run_stage(stage: StageContext) -> StageResult:
         stage.input("sample", "responses.jsonl"),
         [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
     )
-    grader = build_grader(spec, training, seed, scope)
+    grader = build_grader(spec, training, seed, scope, stage.recipe.processes.count)
     measured = measure(spec, training, seed, grader, scope)
     console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
     items = [pair.comparison() for pair in pairs]

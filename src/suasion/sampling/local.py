@@ -45,7 +45,16 @@ def plan_batches(draws: Sequence[Draw], batch_size: int) -> list[list[Draw]]:
 class LocalSampler:
     """Draws responses of one model in this process; `load` gives the model as it samples, and is called only where something is left to do."""
 
-    def __init__(self, load: Callable[[], Any], settings: SampleSection, renderer: Renderer, hardware: Compute, seed: int):
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        settings: SampleSection,
+        renderer: Renderer,
+        hardware: Compute,
+        seed: int,
+        share: float = MEMORY_SHARE,
+    ):
+        self.share = share
         self.load, self.settings, self.renderer, self.hardware, self.seed = load, settings, renderer, hardware, seed
         self.model: Any = None
         self.most = settings.batch_size  # responses at once; sinks where memory does not suffice
@@ -86,7 +95,7 @@ class LocalSampler:
             free = free_memory(self.hardware.device)
             while (
                 len(part) > 1
-                and (needed := memory_needed(self.model.config, part, self.settings, self.hardware.dtype)) > MEMORY_SHARE * free
+                and (needed := memory_needed(self.model.config, part, self.settings, self.hardware.dtype)) > self.share * free
             ):
                 part = self._halved(part, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
             failed = False

@@ -83,13 +83,17 @@ class Responses:
 
 
 def sampler_for(
-    name: str, lineage: Lineage, settings: SampleSection, renderer: Renderer, hardware: Compute, seed: int
+    name: str, lineage: Lineage, settings: SampleSection, renderer: Renderer, hardware: Compute, seed: int, processes: int = 1
 ) -> Sampler:
-    """The recipe's engine for one model of the run."""
+    """The recipe's engine for one model of the run; the local one in so many processes."""
     if isinstance(settings.engine, EndpointEngine):
         from suasion.sampling.endpoint import EndpointSampler
 
         return EndpointSampler(settings.engine, settings, name, renderer, seed, lambda: load_to_score(lineage, hardware.device))
+    if processes > 1:
+        from suasion.sampling.spread import SpreadSampler
+
+        return SpreadSampler(lineage, settings, renderer, hardware, seed, processes)
     return LocalSampler(lambda: load_to_sample(lineage, hardware), settings, renderer, hardware, seed)
 
 
@@ -105,6 +109,7 @@ def respond(
     seed: int,
     journal: Journal,
     label: str,
+    processes: int = 1,
 ) -> Responses:
     """`responses_a_prompt` responses of the model `name` to every prompt; faulty ones are drawn again, then flagged.
 
@@ -119,7 +124,7 @@ def respond(
         )
     lineage_hash = lineage.hash
     texts = {prompt.id: "\n".join(turn.text for turn in prompt.turns) for prompt in prompts}
-    sampler = sampler_for(name, lineage, settings, renderer, hardware, seed)
+    sampler = sampler_for(name, lineage, settings, renderer, hardware, seed, processes)
     best: dict[tuple[str, int], Response] = {}
     again: Counter[str] = Counter()
     checked: dict[str, Any] = {}

@@ -54,6 +54,7 @@ def run_stage(stage: StageContext) -> StageResult:
         recipe.seed,
         journal,
         "sample",
+        recipe.processes.count,
     )
     responses = made.rows
     cut_off = at_limit(journal.first_draws("sample"))

@@ -1,7 +1,7 @@
-"""One training in several processes: started through `accelerate launch`, one command for every profile.
+"""One training in several processes, of one machine or of several: started through `accelerate launch`, one command for every profile.
 
 `train_apart` runs in the process of `suasion run`: it writes the stage's context to a file, starts the workers, and turns the death of
-any of them into a message. `main` is a worker: it is the stage's own function, run in every process, of which only the first (rank 0)
+any of them into a message. On the other machines joining.py starts theirs. `main` is a worker: it is the stage's own function, run in every process, of which only the first (rank 0)
 writes. What the trainings need to know of one another stands here too: ranks and sums over processes.
 
 The rows of an optimiser step are those of a single process: every process plans the whole step and takes its share (steps.py).
@@ -11,6 +11,7 @@ accelerate would repeat rows from the start of the epoch where they do not come 
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,10 @@ from suasion.recipe import Recipe, validate_recipe
 from suasion.records import read_json, write_json
 from suasion.rundir import CHECKPOINTS, Input, StageContext, StageResult
 from suasion.sections.training import ModelSection
+from suasion.workers import environment, launcher, leave_with_parent, require_gpus
 
 CONTEXT, RESULT, FAILURE = "context.json", "result.json", "failure.json"
+ALIVE_SECONDS = 2.0
 
 
 def rank() -> int:
@@ -67,14 +70,21 @@ def save_trained(policy: Any, folder: Path, base: ModelSection) -> None:
     barrier()
 
 
-def launch_command(recipe: Recipe, context: Path, device: str) -> list[str]:
-    """The `accelerate launch` command of one training. Mixed precision is the training's own business and not named here."""
+def launch_command(recipe: Recipe, context: Path, device: str, machine: int = 0) -> list[str]:
+    """The `accelerate launch` command of one training on one of its machines, numbered from 0."""
     section = recipe.processes
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--num_processes", str(section.count), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", "--num_cpu_threads_per_process", str(max(1, torch.get_num_threads() // (section.count if device == "cpu" else 1))),
-    ]  # fmt: skip
+    command = launcher(section.count, device, section.machines)
+    if section.machines > 1:
+        command += [
+            "--machine_rank",
+            str(machine),
+            "--main_process_ip",
+            section.address,
+            "--main_process_port",
+            str(section.port),
+        ]
+    else:
+        command += ["--main_process_port", "0"]
     if section.profile == "fsdp2":
         command += [
             "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_reshard_after_forward", "true",
@@ -91,22 +101,19 @@ def train_apart(stage: StageContext, module: str, device: str) -> StageResult:
     Raises UserError with a worker's own message where it gave one, and otherwise with what to do: the next run goes on from the
     last checkpoint. An interrupt ends the workers too.
     """
-    if device == "cuda" and torch.cuda.device_count() < stage.recipe.processes.count:
-        raise UserError(
-            f"processes.count is {stage.recipe.processes.count}, this machine has {torch.cuda.device_count()} GPUs. "
-            f"Use --set processes.count={torch.cuda.device_count()}."
-        )
+    section = stage.recipe.processes
+    if device == "cuda":
+        require_gpus(section.count)
     folder = stage.folder / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
     for name in (RESULT, FAILURE):
         (folder / name).unlink(missing_ok=True)
-    write_json(folder / CONTEXT, {"module": module, **_as_json(stage)})
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true" if device == "cpu" else "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    write_json(folder / CONTEXT, {"module": module, "attempt": secrets.token_hex(8), **_as_json(stage)})
     workers = subprocess.Popen(
-        launch_command(stage.recipe, folder / CONTEXT, device), env=environment, stderr=subprocess.PIPE, text=True
+        launch_command(stage.recipe, folder / CONTEXT, device), env=environment(device), stderr=subprocess.PIPE, text=True
     )
     try:
-        _, said = workers.communicate()
+        said = _last_words(workers, folder / CONTEXT)
     except BaseException:  # Ctrl-C reached the workers as well, where there is a terminal; elsewhere they must be told
         workers.terminate()
         workers.communicate()
@@ -116,14 +123,24 @@ def train_apart(stage: StageContext, module: str, device: str) -> StageResult:
     if workers.returncode or not (folder / RESULT).is_file():
         log = folder / "workers.log"
         log.write_text(said, encoding="utf-8")
+        several = f" on {section.machines} machines" if section.machines > 1 else ""
         raise UserError(
-            f"{stage.stage}: one of {stage.recipe.processes.count} processes died (exit code {workers.returncode}); the others were ended. What they "
+            f"{stage.stage}: one of {section.count * section.machines} processes{several} died (exit code {workers.returncode}); the others were ended. What they "
             f"said stands in {log}. Run again: it goes on from the last checkpoint. If memory was short, lower micro_batch_tokens "
             "or use processes.profile=fsdp2."
         )
     result = StageResult(**read_json(folder / RESULT))
-    result.facts["processes"] = {"profile": stage.recipe.processes.profile, "count": stage.recipe.processes.count}
+    result.facts["processes"] = {"profile": section.profile, "count": section.count * section.machines}
     return result
+
+
+def _last_words(workers: subprocess.Popen[str], context: Path) -> str:
+    """What the workers said on stderr, once they have ended; until then the context is touched, as a sign of life for other machines."""
+    while True:
+        try:
+            return workers.communicate(timeout=ALIVE_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            os.utime(context)
 
 
 def _as_json(stage: StageContext) -> dict[str, Any]:
@@ -160,6 +177,7 @@ def main(context: Path) -> int:
 
     from suasion.progress import console
 
+    leave_with_parent()
     data = read_json(context)
     PartialState(cpu=os.environ["ACCELERATE_USE_CPU"] == "true")  # joins the others, and chooses this process's GPU
     console.quiet = rank() > 0
