@@ -30,7 +30,9 @@ class SpreadSampler(LocalSampler):
 
     def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver) -> None:
         """Batch after batch, in any order. Raises UserError where a process dies, or where one response alone exceeds the memory."""
-        if not work:
+        if len(work) < 2:  # no share for a second process, whose start takes longer
+            super().run(work, deliver)
+            self.model = None  # its memory is the workers'
             return
         draws = dict(work)
         setup = {
