@@ -25,7 +25,7 @@ from suasion.workers import environment, require_gpus
 
 ANNOUNCED = "machines.json"  # in the run's logs
 LOOK_SECONDS = 1.0
-LEAVE_SECONDS = 180.0  # for processes whose training is over, or whose first machine is silent; NFS may show a sign of life a minute late
+LEAVE_SECONDS = 180.0  # after the training is over, or its first machine silent: NFS may show a sign of life a minute late
 
 
 @contextmanager
