@@ -298,7 +298,7 @@ def test_half_a_kto_pair_is_no_preference(run, tmp_path):
 
 
 def test_people_compare_finished_models_blind_and_their_verdicts_are_evaluates(tmp_path):
-    """Each model beside sft on every sealed prompt; nobody sees names until the last label, and then the rows are evaluate's own."""
+    """Each model beside base and sft on every sealed prompt; nobody sees names until the last label, and then the rows are evaluate's own."""
     pairs = sampled_pairs(3)
     run = make_run(tmp_path, pairs)
     evaluated = run / "09-evaluate"
@@ -317,22 +317,23 @@ def test_people_compare_finished_models_blind_and_their_verdicts_are_evaluates(t
     write_json(evaluated / "manifest.json", {})
     desk = open_desk(run, "evaluation")
     assert desk.store.path.name == "labels-evaluation.db"
-    assert len({task.pair_id for task in desk.work.planned}) == 6
+    assert len({task.pair_id for task in desk.work.planned}) == 9
     who = desk.store.add_annotator("")
     desk.store.new_token(who, "session")
     said = {}
     while (shown := desk.next(who)) is not None:
-        if len(said) == 5:
+        if len(said) == 8:
             with pytest.raises(UserError, match="still missing; until they are there nobody sees"):
                 verdicts(desk, run)
-        choice = "left" if "tfs" in shown.left else "right"  # sft always wins
+        rank = [next(n for n, name in enumerate(("esab", "tfs", "fhlr")) if name in text) for text in (shown.left, shown.right)]
+        choice = "left" if rank[0] < rank[1] else "right"  # the reference always wins
         desk.answer(who, shown.task.id, choice, 3, 5.0, shown.task.id)
         said[shown.task.pair_id] = choice
     desk.store.close()
     file = tmp_path / "verdicts.jsonl"
     label("export", str(run), "--format", "verdicts", "--purpose", "evaluation", "--out", str(file))
     rows = list(read_rows(file, ModelVerdict))
-    assert {(row.first, row.second) for row in rows} == {("sft", "base"), ("sft", "rlhf")}
+    assert {(row.first, row.second) for row in rows} == {("base", "sft"), ("base", "rlhf"), ("sft", "rlhf")}
     assert {row.prompt_id for row in rows} == set(prompts)
     assert all(row.label == "a" for row in rows)
     printed = label("status", str(run), "--purpose", "evaluation")

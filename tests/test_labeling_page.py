@@ -18,6 +18,7 @@ from label_run import BAD, GOOD, Server, make_run, sampled_pairs
 from test_benchmarks import script
 
 from suasion.labeling.guard import BODY_LIMIT, Attempts
+from suasion.labeling.server import open_desk
 from suasion.labeling.text import ALLOWED, to_html
 
 load = script("labeling").load
@@ -198,6 +199,38 @@ def test_the_researcher_excludes_includes_and_erases(server):
     assert boss.post(f"/annotator/{name}", data={"csrf": csrf, "action": "erase", "confirm": name}).url.path == "/dashboard"
     assert who.get("/task").status_code == 403
     assert boss.get(f"/annotator/{name}").status_code == 404
+
+
+def test_the_adjudicator_sees_neither_who_nor_whose(tmp_path):
+    """Which response stands first is drawn for each pair, and a ruling goes to the text, not to its place."""
+    run = make_run(tmp_path, sampled_pairs(8), overlap=1.0)
+    desk = open_desk(run)
+    for text in (GOOD, BAD):  # two people who never agree
+        who = desk.store.add_annotator("")
+        desk.store.new_token(who, "session")
+        while (shown := desk.next(who)) is not None and len(desk.refresh().of(who)) < 8:
+            desk.answer(who, shown.task.id, "left" if shown.left == text else "right", 2, 9.0, shown.task.id)
+    desk.store.close()
+    running = Server(run)
+    try:
+        boss, csrf = researcher(running)
+        firsts, settled = [], []
+        while 'name="pair"' in (page := boss.get("/adjudicate").text):
+            assert not re.search(r"annotator-\d|secret", page)
+            good, bad = page.index("January looks different"), page.index("good for the environment")
+            firsts.append(good < bad)
+            labels = re.findall(r'name="label" value="(\w+)">The (first|second) is better', page)
+            assert [word for _, word in labels] == ["first", "second"]
+            settled.append(field(page, "pair"))
+            boss.post("/adjudicate", data={"csrf": csrf, "pair": settled[-1], "label": labels[0 if good < bad else 1][0]})
+        boss.close()
+    finally:
+        running.stop()
+    assert len(settled) == len(set(settled)) == 8
+    assert set(firsts) == {True, False}
+    desk = open_desk(run)
+    assert {label for label, _ in desk.refresh().adjudicated.values()} == {"a"}  # GOOD is each pair's first
+    desk.store.close()
 
 
 def test_killed_in_the_middle_every_acknowledged_label_is_there(tmp_path):

@@ -37,6 +37,7 @@ MODEL = (
     "model.attention",
 )
 PROVISIONAL = ("preferences", "evaluate", "report")  # made from what exists while people still label
+PEOPLE_SPOKE = "outside the run: people's verdicts changed"  # as `rundir.differences` says it
 TEXT = ("model.base", "model.revision", "model.system_prompt")
 
 
@@ -72,6 +73,7 @@ class Stage:
                 from suasion.evaluation.measuring import external_hashes as measuring_hashes
 
                 hashes |= measuring_hashes(recipe)
+                hashes |= _heard(run)
         elif self.name == "human-labels":
             from suasion.labeling.stage import external_hashes as label_hashes
 
@@ -81,6 +83,17 @@ class Stage:
 
             hashes["base model"] = base_hash(recipe.model)
         return hashes
+
+
+def _heard(run: Path) -> dict[str, str]:
+    """A hash of what people said of the models, where they were asked."""
+    from suasion.labeling.store import EVALUATION_FILE
+
+    if not (run / EVALUATION_FILE).is_file():
+        return {}
+    from suasion.labeling.final import external_hashes
+
+    return external_hashes(run)
 
 
 def stages(recipe: Recipe, blocked: frozenset[str] = frozenset()) -> list[Stage]:
@@ -227,18 +240,25 @@ def run(
 def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingForPeople | None) -> None:
     """Run, resume or skip one stage."""
     attempt = what_it_reads(directory, recipe, stage)
+    earlier: Path | None = None
     if directory.state(stage.name) == "complete":
         directory.clear_working_files(stage.name)
         manifest = directory.manifest(stage.name)
-        if not (manifest.facts.get("waiting") and waiting is None):
-            changes = differences(manifest, **attempt)
-            if changes:
-                raise refuse_stale(stage.name, changes)
+        changes = differences(manifest, **attempt)
+        if manifest.facts.get("waiting") and waiting is None:
+            # Made without the human labels that are there now: not stale, only provisional.
+            console.print(f"{stage.name}: made again, now with human labels (the provisional one moves to attic/)")
+            directory.move_to_attic([stage.name])
+        elif changes == [PEOPLE_SPOKE]:
+            # People can only judge what is there already, so that their verdicts always come after the stage that reads them.
+            console.print(f"{stage.name}: told again with what people said of the models (the earlier one moves to attic/)")
+            attic = directory.move_to_attic([name for name in directory.folders if name in (stage.name, "report")])
+            earlier = attic / stage.folder if attic else None
+        elif changes:
+            raise refuse_stale(stage.name, changes)
+        else:
             console.print(f"[dim]{stage.name}: done before, skipped ({manifest.rows_out} rows)[/]")
             return
-        # Made without the human labels that are there now: not stale, only provisional.
-        console.print(f"{stage.name}: made again, now with human labels (the provisional one moves to attic/)")
-        directory.move_to_attic([stage.name])
     means = how_it_computes(recipe)
     folder = directory.folder(stage.name)
     resumed = directory.state(stage.name) == "unfinished"
@@ -257,6 +277,7 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
         arm=stage.arm,
         facts={name: directory.manifest(name).facts for name in directory.folders if directory.state(name) == "complete"},
         waiting=str(waiting) if waiting else "",
+        earlier=earlier,
     )
     began = time.monotonic()
     if stage.name == "sft" or stage.arm:

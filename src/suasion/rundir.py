@@ -109,7 +109,8 @@ class StageResult:
 class StageContext:
     """What a stage's function gets: the recipe, its own folder, and its declared inputs, nothing else.
 
-    facts: stage -> facts of the manifests of finished stages. waiting: what people still have to do, '' when nothing.
+    facts: stage -> facts of the manifests of finished stages. waiting: what people still have to do, '' when nothing. earlier: this
+    stage's finished folder, in the attic, where the only thing that changed since is what people said of its results.
     """
 
     recipe: Recipe
@@ -120,6 +121,7 @@ class StageContext:
     arm: str = ""
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting: str = ""
+    earlier: Path | None = None
 
     def input(self, stage: str, file: str) -> Path:
         """Path of a declared input. Raises KeyError for an undeclared one: that is a defect of the stage."""

@@ -3,35 +3,44 @@ what follows.
 
 One response a model and prompt, with the sampling stage's settings and the same random numbers for every model: two models with
 equal weights give equal texts. The grader is Bradley-Terry, so that both orders are one observation; identical responses are ties
-without a call. Writes responses.jsonl, models.json (model -> lineage), verdicts.jsonl (ModelVerdict), summary.json.
+without a call. Writes responses.jsonl, models.json (model -> lineage), verdicts.jsonl (ModelVerdict), summary.json; where people have
+compared the models on the labelling page, also people.jsonl (their verdicts, one a comparison) and labels.jsonl (the snapshot behind
+them). Their verdicts can only come after the responses: the stage then takes its earlier files and tells the summary again.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from suasion.chat import Renderer, as_text
 from suasion.evaluation.measuring import measure_texts
-from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise
-from suasion.grading.base import Comparison, source_name
+from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise, with_people
+from suasion.grading.base import Comparison, Judgement, source_name
+from suasion.grading.bench import outcomes
 from suasion.grading.build import build_grader, measure
 from suasion.grading.canaries import failing, require_canaries
 from suasion.grading.pairs import read_sampled_pairs
-from suasion.grading.stage import Served, canary_count, measured_line, training_of
+from suasion.grading.stage import Served, canary_count, first_shown, measured_line, training_of
 from suasion.labeling.agreement import Labelled, compare
+from suasion.labeling.final import Heard, agreement_row, hear, read_said
 from suasion.labeling.stage import chose_first
 from suasion.models import compute, load_tokenizer
 from suasion.progress import console
-from suasion.records import Example, OutcomePair, Response, Verdict, read_json, read_rows, write_json, write_rows
-from suasion.rundir import JOURNAL, StageContext, StageResult, package_versions
+from suasion.records import Example, OutcomePair, Prompt, Response, Verdict, read_json, read_rows, write_json, write_rows
+from suasion.rundir import JOURNAL, MANIFEST, StageContext, StageResult, package_versions
 from suasion.sampling.respond import Journal, respond
-from suasion.sections.grading import title
+from suasion.sections.grading import AnyGrader, LlmGrader, title
 from suasion.training.dpo import start_lineage
 
 
 def run_stage(stage: StageContext) -> StageResult:
     """See the module's docstring."""
+    if stage.earlier is not None:
+        return _told_again(stage, stage.earlier)
     recipe = stage.recipe
     hardware = compute(recipe.model)
     renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)
@@ -78,11 +87,12 @@ def run_stage(stage: StageContext) -> StageResult:
     canaries = require_canaries(grader, items, recipe.evaluate.allow_failed_canaries, canary_count(spec))
     if isinstance(grader, Served):
         grader.estimate(items)
+    judged_items = grader.grade(items)
     verdicts = [
         ModelVerdict(
             prompt_id=prompt_id, conversation_id=conversation, first=first, second=second, label=judged.label, p_a=judged.p_a, reason=judged.reason
         )
-        for (prompt_id, conversation, first, second), judged in zip(asked, grader.grade(items), strict=True)
+        for (prompt_id, conversation, first, second), judged in zip(asked, judged_items, strict=True)
     ]  # fmt: skip
 
     agreement = judge_agreement(stage, grader)
@@ -90,6 +100,7 @@ def run_stage(stage: StageContext) -> StageResult:
         "grader": {
             "name": title(spec),
             **(measured.as_facts() if measured else {}),
+            **order_facts(judged_items, spec),
             "canaries": canaries,
             "canaries_failed": failing(canaries),
             "same_as_labelling_grader": recipe.ai_labels.grader == spec,
@@ -113,7 +124,10 @@ def run_stage(stage: StageContext) -> StageResult:
     texts_measured = measure_texts(
         recipe, examples, said, lineages, list(read_rows(stage.input("pools", "judge_pairs.jsonl"), OutcomePair)), renderer, hardware, journal
     )  # fmt: skip
-    summary = summarise(recipe, examples, said, verdicts, facts, texts_measured)
+    heard = listen(stage, prompts, said)
+    shared = agreement_row(heard, verdicts, source_name(spec.kind), recipe.seed)
+    summary = summarise(recipe, examples, said, verdicts, facts, texts_measured, heard.verdicts, heard.facts, shared)
+    _write_heard(stage.folder, heard)
     write_rows(stage.folder / "responses.jsonl", [said[name][prompt.id] for name in models for prompt in prompts])
     write_json(stage.folder / "models.json", {"models": {name: lineages[name].hash for name in models}})
     write_rows(stage.folder / "verdicts.jsonl", verdicts)
@@ -128,6 +142,60 @@ def run_stage(stage: StageContext) -> StageResult:
             "agreement": agreement,
         },
     )
+
+
+def listen(stage: StageContext, prompts: list[Prompt], said: dict[str, dict[str, Response]]) -> Heard:
+    """What people said of these responses, and a line about it."""
+    heard = hear(stage.folder.parent, stage.recipe, prompts, said)
+    if heard.missing:
+        console.print(f"  people's verdicts count once all are there: {heard.missing} are missing")
+    elif heard.verdicts:
+        console.print(f"  people judged {heard.facts['asked'] - heard.facts['skipped']} comparisons")
+    return heard
+
+
+def _told_again(stage: StageContext, earlier: Path) -> StageResult:
+    """The earlier evaluation with what people said since: no model and no grader is asked again."""
+    for name in ("responses.jsonl", "models.json", "verdicts.jsonl"):
+        shutil.copy2(earlier / name, stage.folder / name)
+    recipe, said = stage.recipe, read_said(earlier)
+    examples = list(read_rows(stage.input("pools", "eval.jsonl"), Example))
+    verdicts = list(read_rows(earlier / "verdicts.jsonl", ModelVerdict))
+    heard = listen(stage, [example.prompt() for example in examples], said)
+    shared = agreement_row(heard, verdicts, source_name(recipe.evaluate.grader.kind), recipe.seed)
+    summary = with_people(read_json(earlier / "summary.json"), recipe, examples, verdicts, heard.verdicts, heard.facts, shared)
+    _write_heard(stage.folder, heard)
+    write_json(stage.folder / "summary.json", summary)
+    manifest = read_json(earlier / MANIFEST)
+    return StageResult(
+        rows_in=manifest["rows_in"],
+        rows_out=manifest["rows_out"],
+        facts={**manifest["facts"], "told_again_from": manifest["digest"]},
+    )
+
+
+def _write_heard(folder: Path, heard: Heard) -> None:
+    if heard.verdicts:
+        write_rows(folder / "people.jsonl", heard.verdicts)
+        write_rows(folder / "labels.jsonl", heard.labels)
+
+
+def order_facts(judged: Sequence[Judgement], spec: AnyGrader) -> dict[str, Any]:
+    """How the grader's two orders relate on the evaluation comparisons; {} for one that cannot tell positions apart.
+
+    flip_rate: share of the comparisons answered in both orders on which it named another model when they were swapped; flips: what
+    became of those. first_shown_rate: how often it named the response shown first, over both orders.
+    """
+    orders = outcomes(judged)
+    answered = sum(orders.values()) - orders.get("none", 0)
+    if not answered:
+        return {}
+    return {
+        "orders": orders,
+        "flip_rate": round(orders["flip"] / answered, 4),
+        "flips": spec.flips if isinstance(spec, LlmGrader) else None,
+        "first_shown_rate": first_shown(judged),
+    }
 
 
 def arm_facts(trained: dict[str, Any], own: dict[str, Response], sft: dict[str, Response]) -> dict[str, Any]:

@@ -35,6 +35,11 @@ from suasion.seeding import generator
 HUMAN = "human"
 ALPHA = 0.05
 POWER = 0.8
+NOBODY: dict[str, Any] = {  # what a summary says of people who were not asked
+    "judged": 0,
+    "comparisons": [],
+    "reason": "nobody judged evaluation comparisons: the win rates are the grader's and are not corrected towards people's",
+}
 NOT_TRAINING = {"name", "labels", "pool", "matched", "micro_batch_tokens", "checkpoints", "report_to"}  # no effect, or the point
 
 
@@ -62,6 +67,8 @@ def summarise(
     facts: dict[str, Any],
     measured: style.Measured | None = None,
     people: list[ModelVerdict] | None = None,
+    asked: dict[str, Any] | None = None,
+    agreement: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary of one run.
 
@@ -69,8 +76,7 @@ def summarise(
     facts: what earlier stages found out, kept under "facts" for the report. Keys with a meaning here, all optional:
     "arms" {arm: {margin, kl, changed_share, steps, first_loss, moved}}, "grader" {name, accuracy, ...},
     "labels" {"ai" | "human": {...}}, "agreement" [{a, b, on, agree, n}], "counts", "waiting" {model: reason}.
-    measured: what needs a model to measure. people: verdicts of people on evaluation comparisons, at most one a comparison; they
-    never enter the grader's rates. facts["people"]["random"] says whether these comparisons were drawn at random.
+    measured: what needs a model to measure. people, asked, agreement: as in `with_people`.
     Raises ValueError where a verdict is double or names an unknown prompt or model.
     """
     prompts = sorted(prompts, key=lambda example: example.prompt().id)
@@ -98,7 +104,7 @@ def summarise(
         "honesty": style.honesty([*speeches.values()], sample),
         "likelihood": measured.likelihood,
         "strategies": measured.strategies,
-        "people": _people(recipe, prompts, board, people or [], facts),
+        "people": dict(NOBODY),
         "comparisons": comparisons,
         "matrix": _matrix(board),
         "power": power,
@@ -107,7 +113,34 @@ def summarise(
     summary["headline"] = wording.headline(summary)
     summary["caveats"] = wording.caveats(summary, recipe, controls(recipe))
     rounded: dict[str, Any] = _rounded(summary)
-    return rounded
+    return with_people(rounded, recipe, prompts, verdicts, people, asked or {}, agreement) if people else rounded
+
+
+def with_people(
+    summary: dict[str, Any],
+    recipe: Recipe,
+    prompts: list[Example],
+    verdicts: list[ModelVerdict],
+    people: list[ModelVerdict],
+    asked: dict[str, Any],
+    agreement: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """A finished summary with what people said of the same comparisons, instead of what they may have said before.
+
+    people: at most one verdict a comparison; they stand in tables of their own and never enter the grader's rates. asked: how people were
+    asked, kept as facts["people"]; its "random" says whether the comparisons were drawn at random. agreement: of people with the
+    evaluation grader, as a row of facts["agreement"]. verdicts: the grader's. The summary that comes in is left as it was.
+    """
+    prompts = sorted(prompts, key=lambda example: example.prompt().id)
+    facts = {key: value for key, value in summary["facts"].items() if key != "people"} | ({"people": asked} if people else {})
+    others = [row for row in facts.get("agreement") or [] if not row.get("evaluation")]
+    if "agreement" in facts or agreement:
+        facts["agreement"] = [*others, *([{**agreement, "evaluation": True}] if agreement else [])]
+    board = Scoreboard(recipe, prompts, [model["name"] for model in summary["models"]], verdicts)
+    changed = _rounded({**summary, "facts": facts, "people": _people(board, people, asked)})
+    changed["headline"] = wording.headline(changed)
+    changed["caveats"] = wording.caveats(changed, recipe, controls(recipe))
+    return dict(changed)
 
 
 class Scoreboard:
@@ -274,27 +307,26 @@ def _speeches(board: Scoreboard, responses: dict[str, dict[str, Response]]) -> d
     return found | {HUMAN: style.Speech(HUMAN, tuple(example.reply or None for example in board.prompts))}
 
 
-def _people(
-    recipe: Recipe, prompts: list[Example], board: Scoreboard, verdicts: list[ModelVerdict], facts: dict[str, Any]
-) -> dict[str, Any]:
-    """People's own win rates against base, and the grader's corrected by them where people judged a random subset."""
+def _people(board: Scoreboard, verdicts: list[ModelVerdict], asked: dict[str, Any]) -> dict[str, Any]:
+    """People's own win rates and tests, the grader's beside them, and the grader's corrected where people judged a random subset."""
     if not verdicts:
-        reason = "nobody judged evaluation comparisons: the win rates are the grader's and are not corrected towards people's"
-        return {"judged": 0, "comparisons": [], "reason": reason}
-    judged = Scoreboard(recipe, prompts, board.models, verdicts)
-    random = (facts.get("people") or {}).get("random") is True
-    rows = []
+        return dict(NOBODY)
+    recipe = board.recipe
+    judged = Scoreboard(recipe, board.prompts, board.models, verdicts)
+    random = asked.get("random") is True
+    rows: list[dict[str, Any]] = []
     for one, other in board.asked_pairs():
         first, second = (one, other) if other == HUMAN else (other, one)
         scores, graded = judged.score(first, second), board.score(first, second)
         if np.isnan(scores).all():
             continue
         both = ~np.isnan(scores) & ~np.isnan(graded) & (scores != 0.5) & (graded != 0.5)
-        corrected = (
-            prediction_powered(graded, scores, board.clusters, board.weights, recipe.evaluate.confidence)
-            if random
-            else Estimate(None, reason="people did not judge a random subset of the comparisons: no correction is valid")
-        )
+        if not random:
+            corrected = Estimate(None, reason="people did not judge a random subset of the comparisons: no correction is valid")
+        elif not (np.isnan(scores) & ~np.isnan(graded)).any():
+            corrected = Estimate(None, reason="people judged every comparison: their own rate needs no correction")
+        else:
+            corrected = prediction_powered(graded, scores, board.clusters, board.weights, recipe.evaluate.confidence)
         rows.append(
             {
                 "first": first,
@@ -305,8 +337,15 @@ def _people(
                 "agree": board.estimate(np.where(both, scores == graded, np.nan)).as_json(),
             }
         )
-    reason = "" if random else "people did not judge a random subset of the comparisons, so the win rates are not corrected"
-    return {"judged": sum(verdict.label != "none" for verdict in verdicts), "comparisons": rows, "reason": reason}
+    reasons = sorted({row["corrected"]["reason"] for row in rows if row["corrected"]["reason"]})
+    seen = len({verdict.prompt_id for verdict in verdicts})
+    return {
+        "judged": sum(verdict.label != "none" for verdict in verdicts) - asked.get("identical", 0),
+        "prompts": seen,
+        "comparisons": rows,
+        "tested": [{**comparison, "asked": seen} for comparison in _comparisons(judged) if comparison["n"]],
+        "reason": f"win rates are not corrected towards people's where {'; '.join(reasons)}" if reasons else "",
+    }
 
 
 def _models(
@@ -388,7 +427,8 @@ def _power(board: Scoreboard, comparisons: list[dict[str, Any]], facts: dict[str
     scored, ties = sum(c["n"] for c in primary), sum(c["ties"] for c in primary)
     tie_rate = ties / scored if scored else 0.0
     accuracy = (facts.get("grader") or {}).get("accuracy")
-    flips = (facts.get("grader") or {}).get("flip_rate")
+    grader = facts.get("grader") or {}
+    flips = grader.get("flip_rate")
     family = max(1, len(primary_pairs(board.recipe)))
     n = board.weights.shape[1]
     settings: list[tuple[str, str, dict[str, Any]]] = [
@@ -397,7 +437,7 @@ def _power(board: Scoreboard, comparisons: list[dict[str, Any]], facts: dict[str
         ("ties", f"{wording.percent(tie_rate)} of prompts are ties, as here", {"comparisons": family, "tie_rate": tie_rate}),
     ]
     known: dict[str, Any] = {"comparisons": family, "tie_rate": tie_rate}
-    if flips:
+    if flips and grader.get("flips", "drop") == "drop":  # as ties they are among those, and by their mean they tell something
         known["flip_rate"] = flips
         assuming = f"the grader contradicts itself in {wording.percent(flips)} when the order is swapped"
         settings.append(("flips", assuming, dict(known)))

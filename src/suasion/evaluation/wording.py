@@ -63,6 +63,7 @@ def headline(summary: dict[str, Any]) -> list[str]:
     against_base = [c for c in summary["comparisons"] if c["second"] == "base" and c["first"] != "human"]
     sentences.extend(_against_base(against_base, labels))
     sentences.extend(at_equal_length(against_base, summary["models"]))
+    sentences.extend(in_peoples_eyes(summary["people"], labels))
     planned = [c for c in summary["comparisons"] if c["family"] == "primary" and c["second"] != "base"]
     sentences.extend(_source_of_feedback(comparison, labels) for comparison in planned)
     sentences.extend(_against_people(summary, labels))
@@ -104,6 +105,10 @@ def caveats(summary: dict[str, Any], recipe: Recipe, controls: list[Control]) ->
     found.extend(_arm_caveats(facts, labels))
     found.append(_grader_caveat(facts))
     found.append(_people_caveat(facts))
+    if people := facts.get("people"):
+        readers = f"{people['annotators']} annotator{'s' * (people['annotators'] != 1)}"
+        skipped = f" {people['skipped']} comparisons that nobody could judge are left out." if people["skipped"] else ""
+        found.append(f"People's win rates come from {readers}: their intervals cover prompts, not readers.{skipped}")
     found.append(_agreement_caveat(facts, recipe.human_labels.source.kind == "simulated"))
     if recipe.evaluate.allow_same_grader:
         found.append("The recipe lets the labelling grader judge the result: its own arms are favoured.")
@@ -169,6 +174,28 @@ def at_equal_length(against_base: list[dict[str, Any]], models: list[dict[str, A
     shortest, longest = f"{min(lengths):.0f}", f"{max(lengths):.0f}"
     theirs = shortest if shortest == longest else f"{shortest} to {longest}"
     return [f"{text} The base writes {words['base']:.0f} words a response, {'it' if len(gone) == 1 else 'they'} {theirs}."]
+
+
+def in_peoples_eyes(people: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    """What people said who compared the models blind; nothing where nobody did."""
+    against_base = [c for c in people.get("tested") or [] if c["second"] == "base" and c["first"] in labels]
+    if not against_base:
+        return []
+    phrases = {
+        "better": "better than the base: {}",
+        "worse": "worse than the base: {}",
+        "equivalent": "equivalent to the base within the margin: {}",
+        "cannot say": "not to be told from the base: {}",
+    }
+    parts = []
+    for word, phrase in phrases.items():
+        group = sorted((c for c in against_base if c["verdict"] == word), key=lambda c: -c["value"])
+        if group:
+            numbers = [
+                f"{labels[c['first']]} {percent(c['value'])} of {c['n']} ({interval(c['low'], c['high'])}, {p_value(c['p_holm'])})" for c in group
+            ]  # fmt: skip
+            parts.append(phrase.format(listed(numbers)))
+    return [f"In the eyes of people, who judged {people['judged']} comparisons blind: {'; '.join(parts)}."]
 
 
 def _result(comparison: dict[str, Any], labels: dict[str, str]) -> str:
@@ -327,7 +354,7 @@ def _people_caveat(facts: dict[str, Any]) -> str:
     rows = [row for row in facts.get("agreement") or [] if row.get("people") and row.get("agree") is not None]
     if not rows:
         return "No win rate here is a claim about people: the evaluation grader was not compared with people's labels on model-written pairs."
-    row = max(rows, key=lambda known: known["n"])
+    row = max(rows, key=lambda known: (known.get("evaluation", False), known["n"]))  # the very comparisons say most
     known = row.get("balanced") or {"value": row["agree"], "low": row.get("low"), "high": row.get("high")}
     if known["low"] is None:
         return "No win rate here is a claim about people: too few model-written pairs have people's labels."
@@ -340,7 +367,7 @@ def _people_caveat(facts: dict[str, Any]) -> str:
 
 
 def _agreement_caveat(facts: dict[str, Any], simulated: bool) -> str:
-    rows = [row for row in facts.get("agreement") or [] if row.get("agree") is not None]
+    rows = [row for row in facts.get("agreement") or [] if row.get("agree") is not None and not row.get("evaluation")]
     if not rows:
         return "How often each label source agrees with the evaluation grader was not measured; the arm whose labels resemble the judge wins."
     parts = [

@@ -29,10 +29,11 @@ from suasion.labeling.text import prose_to_html, to_html
 from suasion.labeling.work import PAGES, text_version
 from suasion.progress import duration
 from suasion.records import Turn
+from suasion.seeding import uniforms
 
 SESSION_SECONDS = 60 * 60 * 24 * 90
 STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-LABELS = {"a": "the first", "b": "the second", "tie": "a tie"}
+RULINGS = ("a", "b", "tie")
 
 
 class Refused(Exception):
@@ -275,20 +276,32 @@ class Site:
         return _see(f"/annotator/{who}")
 
     def adjudication(self, request: Request) -> Response:
-        """The first pair on which people differ, with what they said but not who."""
+        """The first pair on which people differ, with what they said but not who, in an order of its own.
+
+        The pair's own order must not show: in a comparison of models its first response is always the reference model's.
+        """
         csrf = self._researcher(request)
         open_ = {pair: given for pair, given in conflicts(self._state()).items() if pair in self.desk.work.items}
         pair = next(iter(open_), None)
+        shown: tuple[tuple[str, str, str], ...] = ()
+        if pair:
+            item = self.desk.work.items[pair]
+            sides = (("a", item.a), ("b", item.b))
+            swapped = uniforms(1, self.desk.work.seed, "adjudication side", pair)[0] < 0.5
+            shown = tuple(
+                (name, *side) for name, side in zip(("first", "second"), reversed(sides) if swapped else sides, strict=True)
+            )
+        names = {label: f"the {name}" for name, label, _ in shown} | {"tie": "a tie"}
         return self._page(
-            "adjudicate.html", csrf=csrf, count=len(open_), pair=pair, item=self.desk.work.items[pair] if pair else None,
-            given=[LABELS[given.label.label] for given in open_.get(pair or "", [])],
+            "adjudicate.html", csrf=csrf, count=len(open_), pair=pair, item=self.desk.work.items[pair] if pair else None, shown=shown,
+            given=[names[given.label.label] for given in open_.get(pair or "", [])],
         )  # fmt: skip
 
     def adjudicate(self, request: Request, form: Form) -> Response:
         """Store a ruling on a pair."""
         self._researcher(request, form)
         pair, label = form.get("pair", ""), form.get("label", "")
-        if pair not in self.desk.work.items or label not in LABELS:
+        if pair not in self.desk.work.items or label not in RULINGS:
             raise Refused(400, "Nothing was stored", "That form was not this page's.")
         self.desk.store.append("adjudicate", "", {"pair_id": pair, "label": label, "note": form.get("note", "")[:500]})
         return _see("/adjudicate")

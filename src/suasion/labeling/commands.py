@@ -42,6 +42,13 @@ def serve(
         str | None, typer.Option(help="How annotators reach this server, for example https://labels.example.org.")
     ] = None,
     purpose: PurposeOption = PurposeName.labels,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --purpose evaluation: compare on so many prompts, drawn at random before anybody labels; by default on all.",
+        ),
+    ] = None,
     terminal: Annotated[
         bool, typer.Option("--terminal", help="Label here in the terminal instead: for one person over ssh.")
     ] = False,
@@ -51,7 +58,7 @@ def serve(
         from suasion.labeling.server import open_desk
         from suasion.labeling.terminal import label
 
-        desk = open_desk(run_, _purpose(purpose))
+        desk = open_desk(run_, _purpose(purpose), prompts)
         try:
             label(desk, console, input)
         finally:
@@ -59,7 +66,7 @@ def serve(
         return
     from suasion.labeling.server import serve as serve_page
 
-    serve_page(run_, _purpose(purpose), host, port, url, console)
+    serve_page(run_, _purpose(purpose), host, port, url, console, prompts)
 
 
 @app.command()
@@ -137,8 +144,9 @@ def erase(
         gone = desk.store.erase(annotator)
     finally:
         desk.store.close()
+    again = "with --redo human-labels" if purpose is PurposeName.labels else "again"
     console.print(
-        f"{gone} events of {annotator} are erased. Stages made from them still hold copies: run the recipe with --redo human-labels, "
+        f"{gone} events of {annotator} are erased. Stages made from them still hold copies: run the recipe {again}, "
         f"then delete the older folders in {run_ / 'attic'}."
     )
 

@@ -24,14 +24,40 @@ from suasion.labeling.work import FILES, Purpose, load_work
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-def open_desk(run: Path, purpose: Purpose = "labels") -> Desk:
-    """The desk of a run: its work, and its store, which is made if there is none."""
-    work = load_work(run, purpose)
-    return Desk(Store(run / FILES[purpose]), work)
+def open_desk(run: Path, purpose: Purpose = "labels", prompts: int | None = None) -> Desk:
+    """The desk of a run: its work, and its store, which is made if there is none.
+
+    prompts: compare finished models on so many prompts, drawn by the seed; None keeps what was settled before, all at first.
+    """
+    if prompts is not None and purpose != "evaluation":
+        raise UsageError("--prompts goes with --purpose evaluation: training labels are asked for on every rlhf prompt.")
+    path = run / FILES[purpose]
+    settled = _settled_prompts(path) if prompts is None and purpose == "evaluation" else prompts
+    work = load_work(run, purpose, settled)  # before the store: a run that has no work gets no file
+    store = Store(path)
+    try:
+        if settled != store.prompts():
+            store.set_prompts(settled)
+        return Desk(store, work)
+    except BaseException:
+        store.close()
+        raise
 
 
-def serve(run: Path, purpose: Purpose, host: str, port: int, url: str | None, console: Console) -> None:
-    """Serve until interrupted. url: how people outside reach this server, where that is not http://HOST:PORT."""
+def _settled_prompts(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    store = Store(path)
+    try:
+        return store.prompts()
+    finally:
+        store.close()
+
+
+def serve(
+    run: Path, purpose: Purpose, host: str, port: int, url: str | None, console: Console, prompts: int | None = None
+) -> None:
+    """Serve until interrupted. url: how people outside reach this server, where that is not http://HOST:PORT. prompts: as in `open_desk`."""
     if host not in LOOPBACK and url is None and host in ("0.0.0.0", "::"):
         raise UsageError(
             f"--host {host} needs --url: say under which address annotators reach this machine, for example https://labels.example.org"
@@ -45,7 +71,7 @@ def serve(run: Path, purpose: Purpose, host: str, port: int, url: str | None, co
     base_url = url.rstrip("/") if url else f"http://{name}:{port}"
     hosts = {host, *(LOOPBACK if host in LOOPBACK else ()), *([base.hostname] if base and base.hostname else ())}
     token = secrets.token_urlsafe(32)
-    desk = open_desk(run, purpose)
+    desk = open_desk(run, purpose, prompts)
     try:
         app = make_app(desk, run.resolve().name, token, hosts, base_url)
         server = uvicorn.Server(

@@ -25,6 +25,7 @@ from suasion.labeling.events import Event, EventKind, Task
 from suasion.records import canonical_json
 
 FILE = "labels.db"
+EVALUATION_FILE = "labels-evaluation.db"  # the same kind of store, for the blind comparison of finished models
 SCHEMA_VERSION = 1
 SCHEMA = """
 create table meta (key text primary key, value text not null) strict;
@@ -157,6 +158,28 @@ class Store:
             self._db.executemany(
                 "insert or ignore into tasks values (?, ?, ?, ?)", [(t.id, t.kind, t.pair_id, t.expected) for t in tasks]
             )
+
+    def tasks(self) -> list[Task]:
+        """The tasks recorded so far, of all plans."""
+        with self._lock:
+            rows = self._db.execute("select id, kind, pair_id, expected from tasks order by rowid").fetchall()
+        return [Task(*row) for row in rows]
+
+    def prompts(self) -> int | None:
+        """On how many prompts, drawn at random, finished models are compared; None stands for all."""
+        with self._lock:
+            return int(value) if (value := self._meta("prompts", "")) else None
+
+    def set_prompts(self, count: int | None) -> None:
+        """Set how many prompts finished models are compared on. Raises UserError once somebody has answered: the draw comes first."""
+        with self.transaction():
+            if self._db.execute("select 1 from events where kind in ('label', 'skip', 'import') limit 1").fetchone():
+                raise UserError(
+                    f"{self.path} holds answers on {self._meta('prompts', 'all')} prompts: their number cannot be changed any more. Leave "
+                    "--prompts out, or move the file away and begin anew."
+                )
+            self._db.execute("delete from tasks")
+            self._set_meta("prompts", "" if count is None else str(count))
 
     def set_guideline(self, version: str, text: str) -> None:
         """Keep the text that annotators read under its version."""

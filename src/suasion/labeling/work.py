@@ -19,15 +19,14 @@ from pydantic import ValidationError
 from suasion.errors import UsageError, UserError
 from suasion.grading.pairs import SampledPair, read_sampled_pairs
 from suasion.labeling.events import Task, plan_tasks
-from suasion.labeling.store import FILE
-from suasion.records import Example, Pair, Response, Turn, content_id, read_json, read_json_lines, read_rows
-from suasion.rundir import RunDir
+from suasion.labeling.store import EVALUATION_FILE, FILE
+from suasion.records import Turn, content_id, read_json_lines
 from suasion.sections.labeling import LabellingPage
 from suasion.seeding import generator, uniforms
 
 PAGES = Path(__file__).parent / "pages"
 Purpose = Literal["labels", "evaluation"]
-FILES: dict[Purpose, str] = {"labels": FILE, "evaluation": "labels-evaluation.db"}
+FILES: dict[Purpose, str] = {"labels": FILE, "evaluation": EVALUATION_FILE}
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,24 @@ def text_version(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def load_work(run: Path, purpose: Purpose = "labels") -> Work:
-    """The work that a run has for people. Raises UsageError where its recipe asks for none, UserError where it is not yet there."""
+def load_work(run: Path, purpose: Purpose = "labels", prompts: int | None = None) -> Work:
+    """The work that a run has for people. prompts: on how many of them finished models are compared; None stands for all.
+
+    Raises UsageError where its recipe asks for none or the run has fewer prompts, UserError where it is not yet there.
+    """
     from suasion.status import load_run
 
     directory, recipe = load_run(run)
     source = recipe.human_labels.source
     if purpose == "evaluation":
-        settings = source if isinstance(source, LabellingPage) else LabellingPage(kind="page", overlap=0)
-        pairs = evaluation_pairs(directory)
+        from suasion.labeling import final
+
+        held, said = final.evaluated(directory)
+        if prompts is not None and not 0 < prompts <= len(held):
+            raise UsageError(f"--prompts {prompts}: this run has {len(held)} evaluation prompts.")
+        pairs = [item for item in final.final_pairs(recipe, held, said, prompts) if final.is_asked(item)]
         models = {item.pair.id: (item.a.lineage, item.b.lineage) for item in pairs}
-        return make_work(pairs, settings, recipe.seed, models)
+        return make_work(pairs, final.settings_of(recipe), recipe.seed, models)
     if not isinstance(source, LabellingPage):
         raise UsageError(
             f"{run} takes its human labels from elsewhere (human_labels.source.kind: {source.kind}). Set human_labels.source to "
@@ -116,36 +122,6 @@ def make_work(
         tasks.append(check)
         items[check.pair_id] = item
     return Work(seed, settings, tuple(tasks), items, models or {})
-
-
-def evaluation_pairs(directory: RunDir) -> list[SampledPair]:
-    """Each model's response to each sealed prompt beside the SFT model's, as pairs whose `lineage` is the model's name.
-
-    Comparisons with one reference grow with the number of models, not with its square. Pairs of equal texts are left out.
-    """
-    if directory.state("evaluate") != "complete":
-        raise UserError(
-            f"{directory.path} has no evaluation yet: there is nothing to compare. Finish it with: suasion run RECIPE"
-        )
-    prompts = [example.prompt() for example in read_rows(directory.folder("pools") / "eval.jsonl", Example)]
-    said: dict[tuple[str, str], Response] = {}
-    for response in read_rows(directory.folder("evaluate") / "responses.jsonl", Response):
-        said[response.prompt_id, response.lineage] = response
-    names: dict[str, str] = read_json(directory.folder("evaluate") / "models.json")["models"]
-    pairs = []
-    for prompt in prompts:
-        reference = said.get((prompt.id, names["sft"]))
-        for model, lineage in names.items():
-            other = said.get((prompt.id, lineage))
-            if model == "sft" or reference is None or other is None or reference.text.strip() == other.text.strip():
-                continue
-            pair = Pair(
-                id=content_id("people", prompt.id, "sft", model, reference.id, other.id), prompt_id=prompt.id, pool="eval",
-                a=reference.id, b=other.id,
-            )  # fmt: skip
-            left, right = (row.model_copy(update={"lineage": name}) for row, name in ((reference, "sft"), (other, model)))
-            pairs.append(SampledPair(pair, prompt, left, right))
-    return pairs
 
 
 def _attention(pairs: Sequence[SampledPair], count: int, seed: int) -> list[tuple[Task, Item]]:

@@ -179,7 +179,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
             Table(
                 "pooled",
                 f"All {len(found['runs'])} training runs together",
-                "Interval: t over training runs. Between: standard deviation of the runs' own rates beyond what prompts explain.",
+                _pooled_note(found),
                 (
                     Column("first", "Model"),
                     Column("second", "Against"),
@@ -192,6 +192,18 @@ def tables(found: dict[str, Any]) -> list[Table]:
             )
         )
     return made
+
+
+def _pooled_note(found: dict[str, Any]) -> str:
+    runs = len(found["runs"])
+    if runs < FEWEST_FOR_RUNS:
+        covers = f"from {runs} runs it covers prompts and, at best, these runs: {FEWEST_FOR_RUNS} are the least for training runs in general"
+    else:
+        covers = f"it covers prompts and training runs, whose spread is estimated from {runs} of them"
+    return (
+        f"Interval: t over training runs; {covers}. It is not corrected for the number of comparisons. Between: standard deviation of the runs' "
+        "own rates beyond what prompts explain; on the same prompts, part of the noise is common to all runs, and it is a lower bound."
+    )
 
 
 def print_comparison(found: dict[str, Any], console: Console) -> None:
@@ -234,7 +246,7 @@ def _says(runs: Sequence[FinishedRun], pooled: list[dict[str, Any]], only_seed: 
             f"Only the seed differs, but {len(runs)} runs are too few to speak of training runs in general; {FEWEST_FOR_RUNS} are the least."
         ]
     if only_seed:
-        return ["The runs have one recipe and a seed in common: they are the same experiment and were not pooled."]
+        return ["Two of these runs have the same recipe and the same seed: they are the same experiment, so nothing was pooled."]
     return ["The recipes differ in more than the seed: the runs are compared and not pooled."]
 
 

@@ -408,12 +408,19 @@ def _judge(known: dict[str, Any]) -> Table:
         folds=number(known, "folds"),
         canaries=passed,
     )
+    columns: list[Column] = []
+    note = ""
+    if _known(flips := number(known, "flip_rate")):
+        row |= {"flips": flips, "first_shown": at(known, "first_shown_rate")}
+        columns = [Column("flips", "Flips", "percent"), Column("first_shown", "First shown", "percent")]
+        note = " Flips: comparisons of this run on which it names another model when the order is swapped. First shown: how often it names the "
+        note += "response shown first, over both orders; 50% is without favour."
     return Table(
         "judge",
         "The evaluation grader",
         "Accuracy and “longer wins” on held-out groups (posters or topics) of its training pairs, 95% bootstrap intervals by "
         "group. Canaries: an empty reply loses, a text ties with itself, a swapped pair gets the mirrored verdict (always); instructions "
-        "to the judge and empty padding win nothing (nine times in ten).",
+        "to the judge and empty padding win nothing (nine times in ten)." + note,
         (
             Column("grader", "Grader"),
             Column("accuracy", "Accuracy", "estimate"),
@@ -421,6 +428,7 @@ def _judge(known: dict[str, Any]) -> Table:
             Column("pairs", "Training pairs", "count"),
             Column("groups", "Groups", "count"),
             Column("folds", "Folds", "count"),
+            *columns,
             Column("canaries", "Canaries passed", "of"),
         ),
         [row] if known else [],

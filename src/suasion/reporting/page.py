@@ -136,17 +136,6 @@ def _tables(
         }
         for m in summary["models"]
     ]
-    comparisons = [
-        {
-            "first": labels[c["first"]],
-            "second": labels[c["second"]],
-            "family": c["family"],
-            "win_rate": c,
-            "scored": c,
-            **{key: c[key] for key in ("wins", "ties", "losses", "p", "p_holm", "equivalent", "verdict")},
-        }
-        for c in summary["comparisons"]
-    ]
     arms = []
     for arm in recipe.dpo:
         if arm.name not in lineages:
@@ -193,27 +182,22 @@ def _tables(
             ),
             models,
         ),
-        Table(
+        _comparisons_table(
             "comparisons",
             "Every comparison",
             "Primary comparisons were decided on beforehand and are corrected together (Holm). All others are exploratory: their "
             f"p-values and verdicts are not corrected. Near even: equivalent within {100 * summary['equivalence_margin']:.0f} points of one "
             "half (two one-sided tests).",
-            (
-                Column("first", "Model"),
-                Column("second", "Against"),
-                Column("family", "Family"),
-                Column("win_rate", "Win rate", "estimate"),
-                Column("verdict", "Verdict"),
-                Column("wins", "Wins", "count"),
-                Column("ties", "Ties", "count"),
-                Column("losses", "Losses", "count"),
-                Column("scored", "Scored", "of"),
-                Column("p", "p", "p"),
-                Column("p_holm", "p, Holm", "p"),
-                Column("equivalent", "Near even"),
-            ),
-            comparisons,
+            summary["comparisons"],
+            labels,
+        ),
+        _comparisons_table(
+            "people_comparisons",
+            "The same in people’s eyes",
+            "Verdicts of people who saw neither names nor lengths, apart from the grader’s and tested in the same way. Equal texts are ties that "
+            "nobody was asked about.",
+            (summary.get("people") or {}).get("tested") or [],
+            labels,
         ),
         Table(
             "arms",
@@ -308,6 +292,40 @@ def _tables(
     return {table.name: table for table in tables}
 
 
+def _comparisons_table(name: str, title: str, note: str, comparisons: list[dict[str, Any]], labels: dict[str, str]) -> Table:
+    """Comparisons of a summary, the grader's or people's, as one table."""
+    return Table(
+        name,
+        title,
+        note,
+        (
+            Column("first", "Model"),
+            Column("second", "Against"),
+            Column("family", "Family"),
+            Column("win_rate", "Win rate", "estimate"),
+            Column("verdict", "Verdict"),
+            Column("wins", "Wins", "count"),
+            Column("ties", "Ties", "count"),
+            Column("losses", "Losses", "count"),
+            Column("scored", "Scored", "of"),
+            Column("p", "p", "p"),
+            Column("p_holm", "p, Holm", "p"),
+            Column("equivalent", "Near even"),
+        ),
+        [
+            {
+                "first": labels[c["first"]],
+                "second": labels[c["second"]],
+                "family": c["family"],
+                "win_rate": c,
+                "scored": c,
+                **{key: c[key] for key in ("wins", "ties", "losses", "p", "p_holm", "equivalent", "verdict")},
+            }
+            for c in comparisons
+        ],
+    )
+
+
 def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[str]:
     """How it was done, in paragraphs."""
     grader, sample = recipe.ai_labels.grader, recipe.sample
@@ -322,12 +340,26 @@ def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[st
         f"Comparison: each model writes one response a prompt (temperature {sample.temperature:g}, top-p {sample.top_p:g}, at most "
         f"{sample.max_new_tokens} tokens, equal random numbers for all). A grader of kind “{recipe.evaluate.grader.kind}” with other training rows judges "
         "every pair of models and each model against the real human reply, in both orders, which count as one observation. "
-        "Identical responses are ties.",
+        "Identical responses are ties."
+        f"{_by_people(summary['facts'].get('people') or {})}",
         f"Statistics: exact sign test by conversation; Holm over {summary['power']['comparisons']} primary comparisons (each trained model "
         f"against base{', and ' + wording.listed(planned) if planned else ''}); equivalence by two one-sided tests. Intervals are Clopper–Pearson with ties as half "
         "wins under 30 conversations and near 0 and 1, which ties make wider than needed; otherwise the expanded percentile bootstrap over "
         "conversations. Length-controlled rates come from a logistic regression read at equal length.",
     ]
+
+
+def _by_people(asked: dict[str, Any]) -> str:
+    """How people compared the models, where they did."""
+    if not asked:
+        return ""
+    drawn = f"{asked['prompts']} of the {asked['of_prompts']} prompts, drawn at random before anybody labelled"
+    which = "all prompts" if asked["prompts"] == asked["of_prompts"] else drawn
+    who = f"{asked['annotators']} annotator{'s' * (asked['annotators'] != 1)}"
+    return (
+        f" People compared each trained model with base, each arm with sft and each control with its arm, blind, on {which}: {who}, "
+        f"{asked['labels']} labels on {asked['asked']} comparisons, the first label on each binds; {asked['skipped']} were skipped by all."
+    )
 
 
 def _persuaded(facts: dict[str, Any]) -> str:

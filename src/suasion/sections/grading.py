@@ -226,3 +226,12 @@ class EvaluateSection(Section):
         StrategyCorpus(), description="What the classifier of persuasion strategies learns from; null: no strategies."
     )
     oracle: OracleTexts | None = Field(None, description="Texts of a strong writer, for similarity; null: none.")
+
+    @model_validator(mode="after")
+    def _both_orders(self) -> EvaluateSection:
+        judges = self.grader.members if isinstance(self.grader, PanelGrader) else (self.grader,)
+        if any(isinstance(judge, LlmGrader) and judge.orders == "given" for judge in judges):
+            raise ValueError(
+                "the evaluation grader must see both orders (orders: both): with one, the model named first would gain from its position"
+            )
+        return self
