@@ -247,6 +247,7 @@ def test_a_run_is_told_again_once_people_have_spoken(tmp_path, capsys):
     assert read_json(report / "summary.json") == after
     assert "The same in people’s eyes" in (report / "index.html").read_text()
     assert (report / "tables" / "people_comparisons.csv").is_file()
+    assert "People who compared the two blind preferred it" in (report / "cards" / "model-rlhf.md").read_text()
 
     run(recipe, tmp_path)
     assert "evaluate: done before, skipped" in capsys.readouterr().out

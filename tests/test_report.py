@@ -310,7 +310,15 @@ def test_hours_add_up_and_cost_only_where_a_price_is_known():
     ]
     free = hours_table(timings, None, ["sft"])
     assert "cost" not in [column.key for column in free.columns]
-    assert "no cost is shown" in free.note
+    assert "no cost of hours is shown" in free.note
+    assert "paid" not in [column.key for column in free.columns]
+    timings["ai-labels"] = [
+        {"seconds": 60.0, "dollars": 1.0},
+        {"seconds": 60.0, "dollars": 1.5},
+    ]  # the second holds what was paid before
+    served = hours_table(timings, None, ["sft", "ai-labels", "evaluate"])
+    assert [row["paid"] for row in served.rows] == [0, 1.5, 0, 1.5]
+    assert "paid" in [column.key for column in served.columns]
     assert hours_table({}, 3.0, ["sft"]).rows == []
 
 

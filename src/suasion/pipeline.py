@@ -289,7 +289,8 @@ def run_stage(directory: RunDir, recipe: Recipe, stage: Stage, waiting: WaitingF
     manifest = directory.complete(stage.name, **attempt, result=result, hardware=means["hardware"])
     directory.clear_working_files(stage.name)
     seconds = time.monotonic() - began
-    directory.record_time(stage.name, seconds, resumed=resumed)
+    paid = {"dollars": round(result.dollars, 4)} if result.dollars else {}
+    directory.record_time(stage.name, seconds, resumed=resumed, **paid)
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest.dropped.items()))
     console.print(
         f"  {manifest.rows_in} rows in, {manifest.rows_out} out{'; dropped: ' + dropped if dropped else ''}; {duration(seconds)}"

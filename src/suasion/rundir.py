@@ -96,13 +96,15 @@ MAY_READ_EVAL_POOL = ("evaluate", "report")
 class StageResult:
     """What a stage's function hands back; it becomes part of the manifest.
 
-    facts: JSON values that later stages, `verify` and the report read (first losses, agreement, notes such as "simulated").
+    facts: JSON values that later stages, `verify` and the report read (first losses, agreement, notes such as "simulated"). dollars: what
+    the answers of paid servers cost that this result stands on, whenever they were paid; it goes to timings.json.
     """
 
     rows_in: int = 0
     rows_out: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    dollars: float = 0.0
 
 
 @dataclass

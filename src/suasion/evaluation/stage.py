@@ -135,6 +135,7 @@ def run_stage(stage: StageContext) -> StageResult:
     return StageResult(
         rows_in=len(examples),
         rows_out=len(verdicts),
+        dollars=sum(one.cost for one in judged_items),
         facts={
             "models": {name: lineages[name].hash for name in models},
             "template_hash": renderer.template_hash,

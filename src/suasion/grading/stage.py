@@ -110,7 +110,7 @@ def run_stage(stage: StageContext) -> StageResult:
     cost = sum(one.cost for one in judged)
     if cost:
         console.print(f"  these labels cost ${cost:.4f}", markup=False)
-    return StageResult(rows_in=len(pairs), rows_out=len(verdicts), facts=facts)
+    return StageResult(rows_in=len(pairs), rows_out=len(verdicts), facts=facts, dollars=cost)
 
 
 def training_of(stage: StageContext) -> Callable[[PairData], Sequence[TrainingPair]]:

@@ -211,6 +211,13 @@ def _results(summary: dict[str, Any], model: dict[str, Any]) -> list[str]:
     ]
     verdict = model["verdict_vs_base"]
     lines += ["", f"Against the untrained base, corrected for all planned comparisons: **{verdict or 'cannot say'}**."]
+    for told in (summary.get("people") or {}).get("tested") or []:
+        if (told["first"], told["second"]) == (model["name"], "base"):
+            rate = f"{wording.percent(told['value'])} ({wording.interval(told['low'], told['high'])}) of {told['n']} prompts"
+            lines += [
+                "",
+                f"People who compared the two blind preferred it to the untrained base on {rate}: **{told['verdict']}**.",
+            ]
     if wording.proves_nothing(summary):
         lines += ["", f"**{wording.size_warning(summary)}**"]
     rates = (summary["honesty"]["speakers"].get(model["name"]) or {}).get("rates", {})

@@ -209,26 +209,38 @@ def people_table(summary: dict[str, Any]) -> Table:
 
 
 def hours_table(timings: dict[str, list[dict[str, Any]]], price: float | None, stages: list[str]) -> Table:
-    """Hours of each finished stage, all its attempts together, and what they cost at a price an hour."""
+    """Hours of each finished stage, all its attempts together, what they cost at a price an hour, and what servers were paid.
+
+    What an attempt was paid for counts for the last one: answers that were paid before are in it.
+    """
     rows: list[dict[str, Any]] = []
     for stage in stages:
         attempts = timings.get(stage, [])
         if attempts:
             hours = sum(attempt["seconds"] for attempt in attempts) / 3600
-            rows.append({"stage": stage, "minutes": 60 * hours, "attempts": len(attempts), "cost": None if price is None else hours * price})  # fmt: skip
+            paid = [attempt["dollars"] for attempt in attempts if "dollars" in attempt][-1:]
+            rows.append(
+                {"stage": stage, "minutes": 60 * hours, "attempts": len(attempts), "cost": None if price is None else hours * price, "paid": sum(paid)}
+            )  # fmt: skip
     if rows:
-        total = {key: sum(row[key] for row in rows) for key in ("minutes", "attempts")}
+        total = {key: sum(row[key] for row in rows) for key in ("minutes", "attempts", "paid")}
         rows.append({"stage": "all", **total, "cost": None if price is None else total["minutes"] / 60 * price})
+    served = any(row["paid"] for row in rows)
     note = "Every attempt counts, interrupted ones as far as they were recorded."
+    if price is None:
+        note += " No price an hour was given (report.price_per_hour), so no cost of hours is shown."
+    if served:
+        note += " Servers: what the verdicts of paid servers cost; the evaluation grader's agreement with label sources and canaries are not in it."
     return Table(
         "hours",
         "Time and cost of each stage",
-        note if price is not None else f"{note} No price an hour was given (report.price_per_hour), so no cost is shown.",
+        note,
         (
             Column("stage", "Stage"),
             Column("minutes", "Minutes", "number"),
             Column("attempts", "Attempts", "count"),
             *([Column("cost", "Cost", "money")] if price is not None else []),
+            *([Column("paid", "Servers", "money")] if served else []),
         ),
         rows,
     )
