@@ -104,6 +104,7 @@ def test_people_stand_apart_and_change_nothing_of_the_graders(graded):
     assert any(
         "come from 2 annotators" in caveat and "3 comparisons that nobody could judge" in caveat for caveat in both["caveats"]
     )
+    assert any(caveat.startswith("No person labelled anything that a model learned from") for caveat in both["caveats"])
     assert not any("people with ai:ngram" in caveat for caveat in both["caveats"])  # they trained no arm
     page = build_page(
         both,

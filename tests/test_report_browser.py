@@ -89,7 +89,6 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(browser, page, name, con
         for one in found.response["violations"]
     ]
     assert bad == [], bad
-    keep(shown, f"{name}-whole", full_page=True)
     shown.context.close()
 
 

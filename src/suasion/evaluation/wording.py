@@ -101,7 +101,8 @@ def caveats(summary: dict[str, Any], recipe: Recipe, controls: list[Control]) ->
     simulated = [model["label"] for model in summary["models"] if model["simulated"]]
     if recipe.human_labels.source.kind == "simulated":
         concerns = f", which concerns {listed(simulated)}" if simulated else ""
-        found.append(f"No person labelled anything: the human labels are simulated by a documented scorer{concerns}.")
+        nothing = "anything that a model learned from" if facts.get("people") else "anything"
+        found.append(f"No person labelled {nothing}: the human labels are simulated by a documented scorer{concerns}.")
     found.extend(_arm_caveats(facts, labels))
     found.append(_grader_caveat(facts))
     found.append(_people_caveat(facts))
@@ -276,7 +277,7 @@ def _sensitivity(summary: dict[str, Any]) -> str:
     own = rates["ties"]
     missed = "any true win rate" if own is None else f"a true win rate under {at_least(own)}"
     text = f"How sure: in this grader's eyes, {missed} would usually have gone unseen."
-    if "grader" not in rates:
+    if "grader" not in rates or summary["people"]["judged"]:  # people themselves say more than an error rate on other texts
         return text
     people = "nothing could be seen" if rates["grader"] is None else f"only {at_least(rates['grader'])} or more could be seen"
     accuracy = percent(summary["power"]["grader_accuracy"])

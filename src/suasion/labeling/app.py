@@ -231,7 +231,7 @@ class Site:
         numbers = insight.people(state, self.desk.work, [who])[0]
         return self._page(
             "annotator.html", csrf=csrf, person=person, numbers=numbers, now=insight.overall(state, self.desk.work), then=effect,
-            reachable=who in self.desk.store.reachable(), link="",
+            reachable=who in self.desk.store.reachable(), link="", comparing=bool(self.desk.work.models),
         )  # fmt: skip
 
     def invite(self, request: Request, form: Form) -> Response:

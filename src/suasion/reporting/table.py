@@ -56,13 +56,16 @@ class Table:
 
     def reasons(self) -> list[str]:
         """Why estimates of this table, or their intervals, are missing."""
-        found: dict[str, list[str]] = {}
+        found: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
             for column in self.columns:
                 value = row.get(column.key)
                 if isinstance(value, dict) and value.get("reason"):
-                    found.setdefault(f"{column.title}: {value['reason']}", []).append(str(row[self.columns[0].key]))
-        return [f"{reason} ({', '.join(names)})." for reason, names in found.items()]
+                    found.setdefault((column.title, value["reason"]), []).append(str(row[self.columns[0].key]))
+        alike: dict[tuple[str, str], list[str]] = {}
+        for (title, reason), names in found.items():
+            alike.setdefault((reason, ", ".join(names)), []).append(title)
+        return [f"{', '.join(titles)}: {reason} ({names})." for (reason, names), titles in alike.items()]
 
     def to_csv(self) -> str:
         """Raw values; an estimate takes three columns, a count of a whole two; what is absent is empty."""
