@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from label_run import make_run, sampled_pairs
 from test_summary import FACTS, MODELS, STRENGTH, finite, make_prompts, make_recipe, make_responses, make_verdicts
 
 from suasion.errors import UsageError, UserError
@@ -19,7 +20,7 @@ from suasion.labeling.server import open_desk
 from suasion.labeling.store import EVALUATION_FILE
 from suasion.pipeline import run
 from suasion.recipe import load_recipe, validate_recipe
-from suasion.records import read_json, read_rows
+from suasion.records import Example, read_json, read_rows, write_json, write_rows
 from suasion.reporting.page import build_page, render
 from suasion.seeding import generator
 from suasion.verify import verify_run
@@ -148,6 +149,74 @@ def test_no_correction_without_a_reason(graded, count, random, reason):
         for row in found["comparisons"]:
             assert row["people"] == row["grader"]  # who always agrees wins as often
             assert row["agree"]["value"] == 1.0
+
+
+def test_the_first_label_binds_a_ruling_before_it_and_a_skip_is_no_tie(tmp_path):
+    """Two people on every comparison: the second is agreement, a ruling settles, what both skipped is missing, equal texts are ties."""
+    pairs = sampled_pairs(3)
+    run = make_run(tmp_path, pairs, overlap=1.0)
+    evaluated = run / "09-evaluate"
+    evaluated.mkdir()
+    examples = [
+        Example(id=f"e{n}", corpus="cmv", conversation_id=f"t{n}", author="x", turns=one.prompt.turns, reply="r", outcome=1.0)
+        for n, one in enumerate(pairs)
+    ]
+    write_rows(run / "02-pools" / "eval.jsonl", examples)
+    keys = [example.prompt().id for example in examples]
+    texts = {"base": "The base.", "sft": "Fine-tuned.", "rlhf": "Rewarded."}
+    write_rows(
+        evaluated / "responses.jsonl",
+        [
+            one.a.model_copy(
+                update={"id": f"{name}{n}", "prompt_id": keys[n], "lineage": name, "text": "Same." if n == 2 else text}
+            )
+            for name, text in texts.items()
+            for n, one in enumerate(pairs)
+        ],
+    )
+    write_json(evaluated / "models.json", {"models": {name: name for name in texts}})
+    write_json(evaluated / "manifest.json", {})
+    desk = open_desk(run, "evaluation")
+    people = [desk.store.add_annotator("") for _ in range(2)]
+    for who in people:
+        desk.store.new_token(who, "session")
+    assert len(desk.work.planned) == 2 * 3 * 2  # three comparisons on two prompts, each twice
+    recipe, prompts, said = load_recipe(run / "recipe.yaml"), [one.prompt() for one in examples], final.read_said(evaluated)
+    pair = {models: key for key, models in desk.work.models.items() if desk.work.items[key].group == keys[0]}
+    skipped, settled = pair["base", "sft"], pair["sft", "rlhf"]
+    first: dict[str, str] = {}
+    for _ in range(20):
+        for who in people:
+            shown = desk.next(who)
+            if shown is None:
+                continue
+            key = shown.task.pair_id
+            if key == skipped:
+                desk.answer(who, shown.task.id, "skip", None, None, shown.task.id, "I cannot judge this subject")
+                continue
+            wanted = "a" if key not in first else "b"  # whoever comes second says the contrary
+            first.setdefault(key, who)
+            side = "left" if (wanted == "a") == (shown.order == "ab") else "right"
+            desk.answer(who, shown.task.id, side, 2, 9.0, shown.task.id)
+    assert desk.missing() == 0
+    desk.store.append("adjudicate", "", {"pair_id": settled, "label": "b", "note": "read twice"})
+    desk.store.close()
+    heard = final.hear(run, recipe, prompts, said)
+    told = {(row.prompt_id, row.first, row.second): row for row in heard.verdicts}
+    assert len(told) == 9
+    assert told[keys[0], "base", "sft"].label == "none"
+    assert told[keys[0], "sft", "rlhf"].label == "b"
+    assert told[keys[0], "base", "rlhf"].label == "a"
+    assert all(row.label == "a" for (key, *_), row in told.items() if key == keys[1])
+    assert all((row.label, row.reason) == ("tie", "identical texts") for (key, *_), row in told.items() if key == keys[2])
+    assert {name: heard.facts[name] for name in ("asked", "identical", "skipped", "labels", "annotators", "adjudicated")} == {
+        "asked": 6, "identical": 3, "skipped": 1, "labels": 10, "annotators": 2, "adjudicated": 1,
+    }  # fmt: skip
+    assert heard.facts["between_people"]["agreement"]["value"] == 0.0
+    graded = [row.model_copy(update={"first": row.second, "second": row.first, "label": "b"}) for row in heard.verdicts]
+    row = final.agreement_row(heard, graded, "ai:ngram", 0)
+    assert row is not None
+    assert (row["agree"], row["n"]) == (0.8, 5)  # told the other way round: all but the ruling
 
 
 def test_a_judge_that_flips_says_so_and_counts_no_flip_twice(graded):

@@ -204,6 +204,26 @@ def test_skipped_by_everybody_is_an_answer_and_no_label(tmp_path):
     assert room.desk.next(another).task.pair_id == labels[-1].pair_id
 
 
+def test_a_skip_never_leaves_a_task_that_nobody_may_answer(tmp_path):
+    """Two people and every pair twice: where one skips, the second label can come from nobody, and the plan is complete without it."""
+    room = Room(tmp_path, 3, overlap=1.0)
+    one, two = room.person(), room.person()
+    room.answer(one, "skip", reason="I know this thread")
+    while room.desk.next(one) is not None or room.desk.next(two) is not None:
+        for who in (one, two):
+            if room.desk.next(who) is not None:
+                room.answer(who)
+    assert room.desk.missing() == 0
+    state = room.desk.refresh()
+    assert sorted(len(given) for given in state.decisions().values()) == [1, 2, 2]
+    assert len(snapshot(state, room.work.planned, [one, two])) == 5  # the pair has its label: no "none" beside it
+    third = room.person()  # somebody new can give what was missing
+    assert room.desk.missing() == 1
+    room.answer(third)
+    assert room.desk.missing() == 0
+    assert room.desk.next(third) is None
+
+
 def test_excluded_labels_do_not_count_and_their_tasks_open_again(room):
     one, two = room.person(), room.person()
     for _ in range(3):

@@ -210,19 +210,36 @@ def fold(events: Iterable[Event]) -> State:
 
 
 def open_tasks(state: State, tasks: Iterable[Task], annotators: Collection[str]) -> list[Task]:
-    """Tasks of the plan that still want a label; checks are none of them."""
-    return [task for task in tasks if not task.is_check and not state.done(task) and not state.skipped_by_all(task, annotators)]
+    """Tasks of the plan that still want a label and may still get one; checks are none of them.
+
+    Nobody meets a pair twice, so that a task is closed once everybody who may label has answered or skipped its pair: the second label of
+    a pair that one of two people skipped can come from nobody. Somebody alone gets second tasks too.
+    """
+    able = [who for who in annotators if state.counts(who)]
+    met = [{given.label.pair_id for given in state.of(who)} for who in able]
+
+    def closed(task: Task) -> bool:
+        if state.done(task) or state.skipped_by_all(task, annotators):
+            return True
+        return bool(able) and not (task.kind == "second" and len(able) == 1) and all(task.pair_id in pairs for pairs in met)
+
+    return [task for task in tasks if not task.is_check and not closed(task)]
 
 
 def snapshot(state: State, tasks: Iterable[Task], annotators: Collection[str]) -> list[HumanLabel]:
-    """The labels that count on the planned pairs, by pair and time, and one "none" for each first task that everybody skipped."""
+    """The labels that count on the planned pairs, by pair and time, and one "none" for each pair that everybody skipped."""
     tasks = list(tasks)
-    planned = {task.pair_id for task in tasks if task.kind == "first"}
-    rows = [given.label for pair, found in sorted(state.decisions().items()) if pair in planned for given in found]
-    for task in sorted(tasks, key=lambda task: task.id):
-        if task.kind == "first" and not state.done(task) and state.skipped_by_all(task, annotators):
-            rows.append(min(state.by_task[task.id].values(), key=lambda given: given.n).label)
-    return rows
+    planned, decided = {task.pair_id for task in tasks if task.kind == "first"}, state.decisions()
+    wanting = {task.pair_id for task in open_tasks(state, tasks, annotators)}
+    rows = [given.label for pair, found in sorted(decided.items()) if pair in planned for given in found]
+    skips: dict[str, Given] = {}
+    for task in tasks:
+        for who, given in state.by_task.get(task.id, {}).items():
+            if state.counts(who) and given.label.label == "none" and given.n <= skips.get(task.pair_id, given).n:
+                skips[task.pair_id] = given
+    silent = [task for task in tasks if task.kind == "first" and task.pair_id in skips]
+    silent = [task for task in silent if task.pair_id not in decided and task.pair_id not in wanting]
+    return rows + [skips[task.pair_id].label for task in sorted(silent, key=lambda task: task.id)]
 
 
 def verdict_rows(labels: Iterable[HumanLabel], adjudicated: dict[str, tuple[Label, str]]) -> list[Verdict]:

@@ -179,7 +179,7 @@ def hear(run: Path, recipe: Recipe, prompts: Sequence[Prompt], said: Answers) ->
         "asked": len(asked),
         "identical": len(pairs) - len(asked),
         "skipped": sum(binding[key].label == "none" for key in asked),
-        "labels": len(labels),
+        "labels": sum(one.label != "none" for one in labels),
         "annotators": len({one.annotator for one in labels}),
         "both_bad": sum(one.both_bad for one in labels),
         "adjudicated": len(rows) - len(labels),
