@@ -286,11 +286,10 @@ class Site:
         shown: tuple[tuple[str, str, str], ...] = ()
         if pair:
             item = self.desk.work.items[pair]
-            sides = (("a", item.a), ("b", item.b))
-            swapped = uniforms(1, self.desk.work.seed, "adjudication side", pair)[0] < 0.5
-            shown = tuple(
-                (name, *side) for name, side in zip(("first", "second"), reversed(sides) if swapped else sides, strict=True)
-            )
+            sides = [("a", item.a), ("b", item.b)]
+            if uniforms(1, self.desk.work.seed, "adjudication side", pair)[0] < 0.5:
+                sides.reverse()
+            shown = tuple((name, *side) for name, side in zip(("first", "second"), sides, strict=True))
         names = {label: f"the {name}" for name, label, _ in shown} | {"tie": "a tie"}
         return self._page(
             "adjudicate.html", csrf=csrf, count=len(open_), pair=pair, item=self.desk.work.items[pair] if pair else None, shown=shown,
