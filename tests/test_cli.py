@@ -83,7 +83,7 @@ def fails(recipe: str, tmp_path: Path, message: str, code: int = 1) -> None:
 
 
 def test_a_missing_corpus_folder(recipe_file, tmp_path):
-    fails(recipe_file(lambda d: d["corpus"].update(sources=[{"kind": "cmv", "path": "nowhere"}])), tmp_path, "nowhere")
+    fails(recipe_file(lambda d: d["corpus"].update(sources=[{"kind": "cmv", "path": "nowhere"}])), tmp_path, "suasion fetch cmv")
 
 
 def test_a_corrupt_corpus_line_is_named(recipe_file, tmp_path):
@@ -96,12 +96,42 @@ def test_a_corrupt_corpus_line_is_named(recipe_file, tmp_path):
     fails(
         recipe_file(lambda d: d["corpus"].update(sources=[{"kind": "cmv", "path": str(corpus)}])),
         tmp_path,
-        "utterances.jsonl, line 42",
+        "utterances.jsonl, line 42: not valid JSON",
+    )
+    assert "Repair or remove this line, then run again" in flat(
+        suasion("run", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--until", "corpus")
     )
 
 
+def test_data_of_a_late_stage_is_missed_before_the_first(recipe_file, tmp_path):
+    """A grader's corpus that is not there would else be missed after hours of training."""
+
+    def change(data):
+        data["ai_labels"]["grader"] = {"kind": "embedding", "train": {"kind": "ukp", "path": "nowhere"}}
+        data["evaluate"]["grader"] = {"kind": "ngram", "train": {"kind": "judge_pairs"}}
+
+    recipe = recipe_file(change)
+    done = suasion("run", recipe, "--runs", str(tmp_path / "runs"))
+    assert done.returncode == 1
+    assert "suasion fetch ukp" in flat(done)
+    assert "--set ai_labels.grader.train.path=FOLDER" in flat(done)
+    assert not (tmp_path / "runs" / "tiny" / "01-corpus").exists()
+
+
+def test_a_folder_that_may_not_be_written_is_a_message(monkeypatch, capsys):
+    from suasion import cli
+
+    def closed(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "runs/x")
+
+    monkeypatch.setattr(cli, "app", closed)
+    monkeypatch.delenv("SUASION_DEBUG", raising=False)
+    assert cli._run() == 1
+    assert "runs/x: permission denied" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_pool_larger_than_the_corpus(recipe_file, tmp_path):
-    fails(recipe_file(lambda d: d["pools"].update(rlaif=5000)), tmp_path, "rlaif")
+    fails(recipe_file(lambda d: d["pools"].update(rlaif=5000)), tmp_path, "These sizes fit: --set pools.rlaif=")
 
 
 def test_a_model_folder_without_a_tokenizer(recipe_file, tmp_path, tiny):
@@ -134,7 +164,7 @@ def test_a_full_disk_is_a_message(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "app", full)
     assert cli._run() == 1
-    out = " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().err.split())
     assert "no space left" in out
     assert "it resumes" in out
 

@@ -133,6 +133,14 @@ def test_a_changed_recipe_file_is_found(copy):
     assert any("recipe" in fault for fault in verify_run(copy)[0])
 
 
+@pytest.mark.parametrize("text", ["name: [", "- a list", "nmae: tiny\n"])
+def test_a_recipe_file_that_is_none_any_more_is_a_fault(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    faults, checks = verify_run(tmp_path)
+    assert str(tmp_path / "recipe.yaml") in faults[0]
+    assert not checks
+
+
 def rewrite(copy: Path, recipe: Recipe, stage: str, file: str, text: str) -> None:
     """Change an artefact and forge its manifest, as a careless colleague might: bytes then fit, meaning does not."""
     directory = directory_of(copy, recipe)

@@ -79,6 +79,8 @@ def test_seconds_are_tokens_over_rates(recipe: Recipe) -> None:
     assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-matched"].rows == plans["human-labels"].rows == 12
     assert plans["dpo-rlaif"].seconds == pytest.approx(16 * 300 / 1000 + 4 * 16 * 300 / 500 + 2 * 5 * 300 / 1000 + load)
     assert plans["evaluate"].rows == 8 * 6
+    answers, likelihoods = 8 * 200 / 1000 + 1.1 * 8 * 50 / 100 + load, 8 * 300 / 1000
+    assert plans["evaluate"].seconds == pytest.approx(6 * (answers + likelihoods) + 20)
 
 
 def test_each_rate_matters_where_it_should(recipe: Recipe) -> None:
@@ -133,6 +135,20 @@ def test_warnings(recipe: Recipe) -> None:
     assert [line.split()[0] for line in found] == ["dpo-a", "pools.rlaif", "needs"]
     nothing = Plan("x", [], RATES, disk_bytes=1, free_bytes=2, attainable=dict.fromkeys(sizes, 0))
     assert planning.warnings(recipe, nothing) == [planning.NOTHING_FITS]
+
+
+def test_a_plan_says_what_it_cannot_know() -> None:
+    recipe = load_recipe(
+        TINY,
+        (
+            "ai_labels.grader=../graders/llm-server.yaml",
+            "sample.engine={kind: endpoint, server: vllm, urls: ['http://127.0.0.1:1/v1']}",
+        ),
+    )
+    said = planning.warnings(recipe, Plan("x", [], RATES, disk_bytes=1, free_bytes=2, attainable={"rlaif": 16}))
+    assert said[0].startswith("ai-labels asks a language model: its time and price are not in these hours")
+    assert "draw from servers" in said[1]
+    assert len(said) == 2
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Recipes: every shipped one loads, every field is read somewhere, and what is wrong is named."""
 
-import importlib
+import ast
+import importlib.util
 import pkgutil
 from pathlib import Path
 
@@ -10,14 +11,14 @@ import yaml
 from suasion import recipe as recipe_module
 from suasion import sections
 from suasion.errors import UsageError
+from suasion.grading.rubric import template_hashes
 from suasion.recipe import Recipe, dump_recipe, load_recipe, validate_recipe
 from suasion.sections.base import Section
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
-SOURCES = [
-    path.read_text() for path in (REPOSITORY / "src").rglob("*.py") if path.name != "recipe.py" and path.parent.name != "sections"
-]
+SOURCES = [path for path in (REPOSITORY / "src").rglob("*.py") if path.parent.name != "sections"]
+READ = {node.attr for path in SOURCES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
 MODULES = [importlib.import_module(f"suasion.sections.{module.name}") for module in pkgutil.iter_modules(sections.__path__)]
 SECTIONS = sorted(
     {
@@ -52,11 +53,9 @@ def test_every_arm_takes_at_least_twelve_optimiser_steps(path):
 
 @pytest.mark.parametrize("kind", SECTIONS, ids=lambda kind: kind.__name__)
 def test_every_field_is_documented_and_read_somewhere(kind):
-    own = Path(recipe_module.__file__).read_text()
     for name, field in kind.model_fields.items():
-        assert field.description or name == "kind", f"{kind.__name__}.{name} has no description"
-        read = any(f".{name}" in source or f'"{name}"' in source for source in SOURCES) or f".{name}" in own
-        assert read, f"{kind.__name__}.{name} is read nowhere"
+        assert field.description, f"{kind.__name__}.{name} has no description"
+        assert name in READ, f"{kind.__name__}.{name} is read nowhere"
 
 
 @pytest.fixture
@@ -140,6 +139,39 @@ def test_overrides_reach_sections_arms_and_lists():
         1,
         2,
     )
+
+
+def test_an_override_reaches_into_a_grader_file():
+    loaded = load_recipe(
+        REPOSITORY / "recipes" / "p4g-cpu.yaml", ("ai_labels.grader.train.path=/data/ukp", "evaluate.grader.train.path=../cmv")
+    )
+    assert loaded.ai_labels.grader.train.path == "/data/ukp"
+    assert (loaded.ai_labels.grader.kind, loaded.ai_labels.grader.ridge) == ("embedding", 300.0)  # the file's
+    assert loaded.evaluate.grader.train.path == str(REPOSITORY / "cmv")  # relative to the recipe
+
+
+def test_files_of_a_grader_file_are_relative_to_it(tmp_path):
+    (tmp_path / "graders").mkdir()
+    (tmp_path / "graders" / "own.yaml").write_text("system: x")
+    (tmp_path / "graders" / "judge.yaml").write_text(
+        "kind: llm\nmodel: m\nbase_url: http://127.0.0.1:1/v1\ntemplate: own.yaml\nmeasure: {kind: ukp, path: ukp}\n"
+    )
+    grader = load_recipe(
+        REPOSITORY / "recipes" / "tiny.yaml", (f"evaluate.grader={tmp_path / 'graders' / 'judge.yaml'}",)
+    ).evaluate.grader
+    assert (grader.template, grader.measure.path) == (str(tmp_path / "graders/own.yaml"), str(tmp_path / "graders/ukp"))
+    assert list(template_hashes(grader)) == ["template/own.yaml"]  # another template makes labels stale
+    named = load_recipe(REPOSITORY / "recipes" / "tiny.yaml", ("evaluate.grader=../graders/llm-server.yaml",)).evaluate.grader
+    assert named.template == "persuasion-1"
+    assert template_hashes(named) == {}
+
+
+def test_the_page_of_fields_is_what_the_sections_say():
+    found = importlib.util.spec_from_file_location("recipe_fields", REPOSITORY / "scripts" / "recipe_fields.py")
+    script = importlib.util.module_from_spec(found)
+    found.loader.exec_module(script)
+    assert script.PAGE.read_text() == script.page(), "run: python scripts/recipe_fields.py"
+    assert all(f"`{name}`" in script.page() for name in ("likelihood_pairs", "requests_per_minute", "donating_only", "side_bias"))
 
 
 @pytest.mark.parametrize("bad", ["seed", "dpo.nobody.beta=1", "seed.x=1", "sft.learning_rte=1"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 from typer.exceptions import TyperException
 
 from suasion.errors import UsageError, UserError
@@ -44,7 +45,10 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run director
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. sft.epochs=1 or dpo.rlhf.beta=0.2. Repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, e.g. sft.epochs=1, dpo.rlhf.beta=0.2 or ai_labels.grader.train.path=/data/ukp (relative paths "
+        "start at the recipe's folder). Repeatable.",
     ),
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where run directories stand.")]
@@ -396,6 +400,13 @@ def _run() -> int:
     except TyperException as error:  # wrong use: typer words it
         error.show()  # type: ignore[attr-defined]
         return 2
+    except PermissionError as error:
+        if os.environ.get("SUASION_DEBUG"):
+            raise
+        _print_error(
+            f"{error.filename or error}: permission denied. Give yourself access to it, or name another folder (--runs, or $SUASION_CACHE for caches)."
+        )
+        return 1
     except Exception as error:  # a full disk only; tokenizers reports one as a bare Exception, torch and safetensors as their own
         if not _is_full_disk(error) or os.environ.get("SUASION_DEBUG"):
             raise
@@ -415,8 +426,9 @@ def _is_full_disk(error: Exception) -> bool:
 
 
 def _print_error(message: str) -> None:
-    console.print("[red]error:[/] ", end="")
-    console.print(message, markup=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False)
+    errors.print("[red]error:[/] ", end="")
+    errors.print(message, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

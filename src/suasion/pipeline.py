@@ -23,9 +23,8 @@ from suasion.progress import console, duration
 from suasion.recipe import Recipe
 from suasion.records import read_json, write_json
 from suasion.rundir import ATTEMPT, Input, RunDir, StageContext, StageResult, cache_dir, differences, refuse_stale
-from suasion.sections.base import FILE_KEYS
-from suasion.sections.grading import LlmGrader, read_pairs_of
-from suasion.sections.sampling import EndpointEngine
+from suasion.sections.base import FILE_KEYS, TEMPLATE, Section
+from suasion.sections.grading import read_pairs_of
 
 MODEL = (
     "model.base",
@@ -65,10 +64,12 @@ class Stage:
             hashes = external_hashes(recipe)
         elif self.name in ("ai-labels", "evaluate"):
             from suasion.grading.pairs import training_hashes
+            from suasion.grading.rubric import template_hashes
 
             grader = recipe.ai_labels.grader if self.name == "ai-labels" else recipe.evaluate.grader
             for data in read_pairs_of(grader):
                 hashes |= training_hashes(data)
+            hashes |= template_hashes(grader)
             if self.name == "evaluate":
                 from suasion.evaluation.measuring import external_hashes as measuring_hashes
 
@@ -164,7 +165,7 @@ def recipe_slice(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
 
     Keys are dotted; `dpo.<arm>` is one arm, `dpo.*` what each arm starts from and learns from.
     """
-    data = recipe.model_dump(mode="json")
+    data = _what_counts(recipe)
     part: dict[str, Any] = {}
     for section in sections:
         if section == "dpo.*":
@@ -178,17 +179,20 @@ def recipe_slice(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
             for key in section.split("."):
                 node = node[key]
             part[section] = node
-    engine = part.get("sample", {}).get("engine", {})
-    for field in EndpointEngine.TRANSPORT:
-        engine.pop(field, None)
-    for name in ("ai_labels", "evaluate"):
-        grader = part.get(name, {}).get("grader", {})
-        for judge in (grader, *grader.get("members", ())):
-            if judge.get("kind") == "llm":
-                for field in LlmGrader.TRANSPORT:
-                    judge.pop(field, None)
-    cleaned: dict[str, Any] = _without_paths(part)
-    return cleaned
+    return part
+
+
+def _what_counts(value: Any) -> Any:
+    """A section as JSON, of its files only their names, and without what changes how the work is done but not what comes out."""
+    if isinstance(value, Section):
+        return {
+            name: Path(item).name if name in (*FILE_KEYS, TEMPLATE) and isinstance(item, str) and item else _what_counts(item)
+            for name, item in value
+            if name not in value.TRANSPORT
+        }
+    if isinstance(value, dict):
+        return {key: _what_counts(item) for key, item in value.items()}
+    return [_what_counts(item) for item in value] if isinstance(value, tuple) else value
 
 
 def run(
@@ -218,6 +222,7 @@ def run(
         blocked: frozenset[str] = frozenset()
         start = names.index(first) if first else 0
         stop = names.index(last) if last else len(names) - 1
+        _refuse_missing_data(recipe, names[start : stop + 1])
         with _announced(directory, recipe):
             for index, name in enumerate(names[: stop + 1]):
                 if name in blocked:
@@ -339,6 +344,19 @@ def _refuse_changed_recipe(directory: RunDir, recipe: Recipe, names: list[str]) 
                 raise refuse_stale(stage.name, changes)
 
 
+def _refuse_missing_data(recipe: Recipe, names: list[str]) -> None:
+    """Find data that only a late stage reads before hours go into the stages that do without it."""
+    from suasion.grading.pairs import require_pairs
+
+    for name, section in (("ai-labels", recipe.ai_labels), ("evaluate", recipe.evaluate)):
+        for data in read_pairs_of(section.grader) if name in names else ():
+            require_pairs(data)
+    if "evaluate" in names:
+        from suasion.evaluation.measuring import require_files
+
+        require_files(recipe)
+
+
 def _adapters_read(recipe: Recipe, arm: str) -> list[str]:
     """Stages whose adapters an arm's start and reference models are made of."""
     spec = recipe.arm(arm)
@@ -350,17 +368,6 @@ def _adapters_read(recipe: Recipe, arm: str) -> list[str]:
         if model == "sft":
             names.append("sft")
     return sorted(set(names))
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: (Path(item).name if key in FILE_KEYS and isinstance(item, str) and item else _without_paths(item))
-            for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    return value
 
 
 def what_it_reads(directory: RunDir, recipe: Recipe, stage: Stage) -> dict[str, Any]:

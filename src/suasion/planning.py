@@ -21,7 +21,9 @@ from suasion.evaluation.power import detectable_win_rate
 from suasion.progress import duration
 from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, RowFile
+from suasion.sections.grading import families
 from suasion.sections.labeling import ImportedLabels
+from suasion.sections.sampling import EndpointEngine
 
 FEW_STEPS = 20
 NOTHING_FITS = "this corpus cannot fill the pools, with smaller sizes neither: use a larger corpus, or widen corpus.reply_tokens."
@@ -145,6 +147,15 @@ def warnings(recipe: Recipe, plan: Plan) -> list[str]:
     for pool, size in plan.attainable.items() if any(plan.attainable.values()) else ():
         if (asked := getattr(recipe.pools, pool)) != "rest" and asked > size:
             found.append(f"pools.{pool} asks for {asked}, this corpus fills {size} beside the other pools.")
+    for name, grader in (("ai-labels", recipe.ai_labels.grader), ("evaluate", recipe.evaluate.grader)):
+        if any(family.startswith("llm ") for family in families(grader)):
+            found.append(
+                f"{name} asks a language model: its time and price are not in these hours. `suasion grade bench` measures both."
+            )
+    if isinstance(recipe.sample.engine, EndpointEngine):
+        found.append(
+            "sample and evaluate draw from servers, whose speed is not known here: these hours are of this machine's own engine."
+        )
     if plan.disk_bytes > plan.free_bytes:
         found.append(f"needs {plan.disk_bytes / 1e9:.1f} GB of disk, {plan.free_bytes / 1e9:.1f} GB are free.")
     return found
@@ -243,7 +254,14 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int, impor
         )
         plans.append(StagePlan(f"dpo-{arm.name}", pairs, optimiser_steps(pairs, arm), seconds + MODEL_LOAD_SECONDS))
     models = len(recipe.model_names())
-    plans.append(StagePlan("evaluate", recipe.pools.eval * models, 0, models * sampling(recipe.pools.eval, 1) + 20, "responses"))
+    # PersuasionForGood has no outcome pairs; of the other corpora as many as asked for are supposed to be left over.
+    likelihoods = recipe.evaluate.likelihood_pairs if any(source.kind != "p4g" for source in recipe.corpus.sources) else 0
+    scoring = likelihoods * (lengths.context + 2 * lengths.reply) / rates.prefill
+    plans.append(
+        StagePlan(
+            "evaluate", recipe.pools.eval * models, 0, models * (sampling(recipe.pools.eval, 1) + scoring) + 20, "responses"
+        )
+    )
     plans.append(StagePlan("report", 0, 0, 12))
     return plans
 

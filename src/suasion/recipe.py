@@ -116,14 +116,15 @@ class Recipe(Section):
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read, override, resolve and validate a recipe.
 
-    Paths inside it are relative to the recipe's folder and become absolute; grader files are read in place.
+    Paths inside it and in overrides are relative to the recipe's folder and become absolute; grader files are read in place, before
+    an override that reaches into one (ai_labels.grader.train.path=...).
     Raises UsageError with the field, its value and, for unknown keys, the nearest known name.
     """
     if not path.is_file():
         raise UsageError(f"no recipe at {path}. Shipped recipes stand in recipes/, for example recipes/demo.yaml.")
     data = read_mapping(path)
     for override in overrides:
-        _apply_override(data, override)
+        _apply_override(data, override, path.parent)
     _resolve(data, path.parent)
     return validate_recipe(data, str(path))
 
@@ -153,8 +154,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    """`a.b.0.c=value` sets one value, parsed as YAML; arms can be named: dpo.rlhf.beta=0.2."""
+def _apply_override(data: dict[str, Any], override: str, folder: Path) -> None:
+    """`a.b.0.c=value` sets one value, parsed as YAML; arms can be named: dpo.rlhf.beta=0.2. folder: the recipe's."""
     key, separator, text = override.partition("=")
     if not separator:
         raise UsageError(f"--set {override}: write key=value, for example --set sft.epochs=1.")
@@ -165,7 +166,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node: Any = data
     parts = key.split(".")
     for part in parts[:-1]:
-        node = _descend(node, part, override)
+        node = _descend(node, part, override, folder)
     if isinstance(node, list):
         node[_index(node, parts[-1], override)] = value
     elif isinstance(node, dict):
@@ -174,10 +175,12 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: {'.'.join(parts[:-1])} is a value, not a section.")
 
 
-def _descend(node: Any, part: str, override: str) -> Any:
+def _descend(node: Any, part: str, override: str, folder: Path) -> Any:
     if isinstance(node, list):
         return node[_index(node, part, override)]
     if isinstance(node, dict):
+        if part == "grader" and isinstance(node.get(part), str):
+            node[part] = resolve_grader(node[part], folder)
         return node.setdefault(part, {})
     raise UsageError(f"--set {override}: '{part}' lies below a value, not a section.")
 
@@ -217,17 +220,17 @@ def _nearest(location: list[Any]) -> str:
     for part in location[:-1]:
         if isinstance(part, int):
             continue
-        kinds = [sub for kind in kinds if part in kind.model_fields for sub in _models_in(kind.model_fields[part].annotation)]
+        kinds = [sub for kind in kinds if part in kind.model_fields for sub in models_in(kind.model_fields[part].annotation)]
     names = sorted({name for kind in kinds for name in kind.model_fields})
     close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
     known = f" Known here: {', '.join(names)}." if names else ""
     return (f", did you mean '{close[0]}'?" if close else ".") + known
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """The pydantic models inside a type such as tuple[DpoArm, ...] or A | B."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType, Annotated):
-        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+        return [model for argument in typing.get_args(annotation) for model in models_in(argument)]
     return []

@@ -29,7 +29,12 @@ ROWS_OUT = {"sample": "pairs.jsonl", "ai-labels": "verdicts.jsonl", "evaluate": 
 
 def verify_run(path: Path) -> tuple[list[str], list[str]]:
     """(faults, checks that held), each in words. Raises UsageError where there is no run."""
-    directory, recipe = load_run(path)
+    try:
+        directory, recipe = load_run(path)
+    except UserError as error:
+        if not (path / "recipe.yaml").is_file():
+            raise
+        return [str(error)], []
     faults: list[str] = []
     checks: list[str] = []
     if (path / "recipe.yaml").read_text(encoding="utf-8") != dump_recipe(recipe):

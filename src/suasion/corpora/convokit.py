@@ -204,7 +204,8 @@ def binary_fields(folder: Path) -> tuple[str, ...]:
 def _require(folder: Path, file: str) -> None:
     if not folder.is_dir():
         raise UserError(
-            f"no corpus at {folder}: the folder does not exist. Get it with `suasion fetch`, check corpus.sources in the recipe, or use path: bundled."
+            f"no corpus at {folder}: the folder does not exist. Get it with `suasion fetch cmv` or `p4g` and name the "
+            "folder: --set corpus.sources.0.path=FOLDER (or bundled)."
         )
     if not (folder / file).is_file():
         raise UserError(

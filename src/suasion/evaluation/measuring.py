@@ -32,6 +32,18 @@ def external_hashes(recipe: Recipe) -> dict[str, str]:
     return hashes
 
 
+def require_files(recipe: Recipe) -> None:
+    """Raise UserError where a file that these measures read is not there."""
+    section = recipe.evaluate
+    if section.strategies is not None and not (strategies.corpus_folder(section.strategies.path) / "utterances.jsonl").is_file():
+        raise UserError(
+            f"no labelled dialogues at {section.strategies.path}, from which evaluate.strategies learns. Get them with `suasion fetch p4g` and "
+            "name their folder: --set evaluate.strategies.path=FOLDER (bundled: the project's own; --set evaluate.strategies=null: none)."
+        )
+    if section.oracle is not None and not Path(section.oracle.path).is_file():
+        raise UserError(f"no oracle texts at {section.oracle.path}. Check evaluate.oracle.path, or leave it out.")
+
+
 def measure_texts(
     recipe: Recipe,
     prompts: Sequence[Example],

@@ -1,4 +1,4 @@
-"""Several models on one scale: Bradley-Terry strengths, and the reference system's rank score. Pure functions on arrays.
+"""Several models on one scale: Bradley-Terry strengths, and a mean normalised rank. Pure functions on arrays.
 
 `scores[i, j]` is (n,) over prompts: 1 where model i won against j, .5 tie, 0 loss, NaN missing; scores[j, i] = 1 - scores[i, j].
 """
@@ -76,7 +76,7 @@ def strength_estimates(scores: np.ndarray, clusters: np.ndarray, weights: np.nda
 def rank_scores(scores: np.ndarray) -> np.ndarray:
     """Normalised rank score of each model on each prompt, (K, n), NaN where a model has no scored comparison.
 
-    The reference system's scheme: k responses are ranked by pairwise wins and get k-1 ... 0 points, divided by k-1. Equal
+    k responses are ranked by pairwise wins and get k-1 ... 0 points, divided by k-1. Equal
     win shares share their points. On every complete prompt the models' mean is one half.
     """
     size, _, prompts = scores.shape

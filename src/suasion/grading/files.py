@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from suasion.errors import UsageError
 from suasion.sections import grading as sections
-from suasion.sections.base import FILE_KEYS
+from suasion.sections.base import FILE_KEYS, TEMPLATE
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def resolve_grader(grader: Any, folder: Path) -> Any:
         make_absolute(grader, folder)
         for key in ("train", "measure"):
             make_absolute(grader.get(key), folder)
-        template = grader.get("template")  # a shipped one has a name and no file
+        template = grader.get(TEMPLATE)  # a shipped one has a name and no file
         if isinstance(template, str) and (file := folder / Path(template).expanduser()).is_file():
-            grader["template"] = str(file.resolve())
+            grader[TEMPLATE] = str(file.resolve())
         if isinstance(grader.get("members"), list):
             grader["members"] = [resolve_grader(member, folder) for member in grader["members"]]
     return grader

@@ -78,7 +78,7 @@ class ServedLlmGrader:
     ):
         self.spec, self.rubric, self.asker, self.make_body, self.seed = spec, rubric, asker, make_body, seed
         self.template_hash = rubric.hash
-        settings = spec.model_dump(mode="json", exclude=set(LlmGrader.TRANSPORT))
+        settings = spec.model_dump(mode="json", exclude={"template", "measure", *LlmGrader.TRANSPORT})
         self.fingerprint = content_id("grader", canonical_json(settings), rubric.hash, seed)
 
     def grade(self, items: Sequence[Comparison]) -> list[Judgement]:

@@ -40,7 +40,7 @@ class LocalLlmGrader:
         self._reader: Reader | None = None
         self.section = ModelSection(base=spec.model, system_prompt=rubric.system)
         self.template_hash = rubric.hash
-        settings = spec.model_dump(mode="json", exclude={*LlmGrader.TRANSPORT, "model"})
+        settings = spec.model_dump(mode="json", exclude={"model", "template", "measure", *LlmGrader.TRANSPORT})
         self.fingerprint = content_id("grader", canonical_json(settings), rubric.hash, base_hash(self.section), seed)
 
     def grade(self, items: Sequence[Comparison]) -> list[Judgement]:

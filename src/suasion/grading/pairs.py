@@ -20,6 +20,7 @@ from suasion.records import OutcomePair, Pair, Prompt, Response, read_rows, sha2
 from suasion.sections import grading as sections
 
 UKP_FILES = 32
+NAME_IT = "--set ai_labels.grader.train.path=FOLDER, or evaluate.grader.train.path, or in the grader's file"
 CMV_FILES = ("utterances.jsonl", "conversations.json")
 
 
@@ -71,6 +72,14 @@ def load_training_pairs(data: sections.PairData, grader_pairs: Path | None, judg
     return pairs
 
 
+def require_pairs(data: sections.PairData) -> None:
+    """Raise UserError where the folder that pairs are read from is not there; the run's own pairs come with the run."""
+    if data.kind == "ukp":
+        ukp_files(Path(data.path or ""))
+    elif data.kind == "cmv":
+        cmv_folder(data.path or "")
+
+
 def training_hashes(data: sections.PairData) -> dict[str, str]:
     """name -> sha256 of the files outside the run that a grader is trained on; empty where it learns from the run's own pairs."""
     if data.kind == "ukp":
@@ -101,7 +110,9 @@ def cmv_folder(source: str) -> Path:
     else:
         folder = Path(source)
     if not (folder / CMV_FILES[0]).is_file():
-        raise UserError(f"no ConvoKit corpus at {folder} ({CMV_FILES[0]} is missing). Check the grader's train.path.")
+        raise UserError(
+            f"no ConvoKit corpus for a grader at {folder} ({CMV_FILES[0]} is missing). Get it with `suasion fetch cmv`, and name its folder: {NAME_IT}."
+        )
     return folder
 
 
@@ -111,7 +122,7 @@ def ukp_files(folder: Path) -> list[Path]:
     if len(files) != UKP_FILES:
         raise UserError(
             f"expected the {UKP_FILES} csv files of UKPConvArg1Strict in {folder}, found {len(files)}. Get the data with "
-            "`suasion fetch ukp` (CC-BY 4.0), or check the grader's train.path."
+            f"`suasion fetch ukp` (CC-BY 4.0), and name its folder: {NAME_IT}."
         )
     return files
 

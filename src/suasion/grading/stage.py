@@ -97,7 +97,9 @@ def run_stage(stage: StageContext) -> StageResult:
         stage.folder / "grader.json",
         {
             "kind": spec.kind,
-            "settings": spec.model_dump(mode="json", exclude={"kind", "train", "measure", "members", *LlmGrader.TRANSPORT}),
+            "settings": spec.model_dump(
+                mode="json", exclude={"kind", "train", "measure", "members", "template", *LlmGrader.TRANSPORT}
+            ),
             "trained_on": facts["trained_on"],
             "training_pairs": len(training(learned)) if learned else 0,
             "groups": measured.groups if measured else 0,

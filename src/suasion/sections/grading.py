@@ -27,7 +27,7 @@ class PairData(Section):
 class EmbeddingGrader(Section):
     """Sentence embeddings and readable features; Bradley-Terry logistic regression on their difference."""
 
-    kind: Literal["embedding"]
+    kind: Literal["embedding"] = Field(description="Embeddings and features.")
     train: PairData = Field(description="What it learns from.")
     ridge: float = Field(
         300.0,
@@ -51,7 +51,7 @@ class EmbeddingGrader(Section):
 class NgramGrader(Section):
     """TF-IDF of word n-grams; Bradley-Terry logistic regression on their difference."""
 
-    kind: Literal["ngram"]
+    kind: Literal["ngram"] = Field(description="Word n-grams.")
     train: PairData = Field(description="What it learns from.")
     ridge: float = Field(1.0, gt=0, description="Strength of the L2 penalty.")
     ngrams: tuple[int, int] = Field((1, 2), description="Shortest and longest n-gram, in words.")
@@ -62,13 +62,12 @@ class NgramGrader(Section):
 class LlmGrader(Section):
     """A language model that compares by a written rubric: behind a server, or in this process."""
 
-    # How requests travel and what they may cost changes no verdict: these fields stand in no manifest.
-    TRANSPORT: ClassVar = (
+    TRANSPORT: ClassVar[tuple[str, ...]] = (
         "base_url", "key_env", "timeout", "retries", "concurrency", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",
         "max_cost",
     )  # fmt: skip
 
-    kind: Literal["llm"]
+    kind: Literal["llm"] = Field(description="A language model that is asked.")
     provider: Literal["openai", "anthropic", "local"] = Field(
         "openai",
         description="openai: chat completions as OpenAI, vLLM, SGLang, Ollama and `transformers serve` speak them; local: in this process.",
@@ -140,7 +139,7 @@ Member = Annotated[EmbeddingGrader | NgramGrader | LlmGrader, Field(discriminato
 class PanelGrader(Section):
     """Several graders that vote with the weight of their measured accuracy."""
 
-    kind: Literal["panel"]
+    kind: Literal["panel"] = Field(description="Several graders together.")
     train: PairData = Field(description="Pairs on which the members learn, and by group are measured.")
     members: tuple[Member, ...] = Field(min_length=2, description="Graders, or paths of grader files.")
     tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")

@@ -12,7 +12,7 @@ from suasion.sections.base import Section
 class SimulatedAnnotator(Section):
     """A documented stand-in for people: its labels are called simulated everywhere."""
 
-    kind: Literal["simulated"]
+    kind: Literal["simulated"] = Field(description="Nobody labels: a scorer with noise.")
     noise: float = Field(0.35, gt=0, description="Scale of the logistic noise, in standard deviations of the score.")
     side_bias: float = Field(0.1, description="Added to the left response's score.")
     tie_share: float = Field(0.15, ge=0, lt=1, description="Share of pairs too close to call, as in published labels.")
@@ -21,7 +21,7 @@ class SimulatedAnnotator(Section):
 class ImportedLabels(Section):
     """Human labels from a file; responses of other models are off-policy and marked so."""
 
-    kind: Literal["file"]
+    kind: Literal["file"] = Field(description="Labels that exist already.")
     path: str = Field(
         description="verdicts.jsonl on this run's pairs, or (layout: preferences) a file with prompt, chosen and rejected texts."
     )
@@ -34,7 +34,7 @@ class ImportedLabels(Section):
 class LabellingPage(Section):
     """People label on the run's own page, `suasion label serve RUN`; the stage takes a snapshot of what they said."""
 
-    kind: Literal["page"]
+    kind: Literal["page"] = Field(description="People label here.")
     overlap: float = Field(
         0.5,
         ge=0,

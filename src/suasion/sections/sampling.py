@@ -45,7 +45,6 @@ class EndpointEngine(Section):
         description="Nats a token by which server and local model may differ there; bf16 against fp32 differs by about .02.",
     )
 
-    #: How the work is done, not what comes out: left out of the slices in manifests, so that a server may move during a run.
     TRANSPORT: ClassVar[tuple[str, ...]] = (
         "urls", "key_env", "concurrency", "timeout", "retries", "parity_prompts", "parity_tolerance",
     )  # fmt: skip
