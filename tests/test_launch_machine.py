@@ -358,6 +358,30 @@ def test_inputs_keep_their_names_and_move(tmp_path) -> None:
         moved_inputs(recipe, "")
 
 
+def test_models_and_rubrics_of_the_caller_move_too_and_stand_in_no_manifest(tmp_path) -> None:
+    from suasion.pipeline import recipe_slice
+
+    base, rubric = tmp_path / "my-base", tmp_path / "mine.yaml"
+    base.mkdir()
+    rubric.write_text("")
+    recipe = load_recipe(
+        TINY,
+        (
+            f"model.base={base}",
+            f"ai_labels.grader={{kind: llm, provider: local, model: {base}, template: {rubric}}}",
+            f"evaluate.grader={{kind: reward, train: {{kind: judge_pairs}}, model: {{base: {base}}}}}",
+        ),
+    )
+    text, uploads = moved_inputs(recipe, "/srv/machine/x")
+    assert [(item.path, item.name) for item in uploads] == [(base, "inputs/0/my-base"), (rubric, "inputs/1/mine.yaml")]
+    moved = validate_recipe(yaml.safe_load(text), "moved")
+    for sections in (("model.base",), ("ai_labels", "evaluate")):
+        assert recipe_slice(moved, sections) == recipe_slice(recipe, sections)
+        assert str(tmp_path) not in text + str(recipe_slice(recipe, sections))
+    served = load_recipe(TINY, (f"ai_labels.grader={{kind: llm, model: {base}, base_url: 'http://127.0.0.1:1/v1'}}",))
+    assert moved_inputs(served, "/srv/machine/x")[1] == []  # a name on that server
+
+
 def test_the_source_tree_installs_this_package() -> None:
     names = {item.name for item in source_tree()}
     assert {

@@ -430,6 +430,27 @@ def test_how_it_was_made_stands_in_compact_tables():
     )
 
 
+def test_what_a_language_model_said_in_both_orders_stands_beside_the_labels():
+    llm = {"kind": "llm", "model": "judge", "base_url": "http://127.0.0.1:1/v1", "flips": "tie"}
+    recipe = make_recipe(ai_labels={"grader": llm})
+    orders = {"outcomes": {"consistent": 12, "flip": 5, "tie": 2, "none": 1}, "first_shown_rate": 0.72, "flip_rate": 0.26}
+    labels = {
+        **MADE["labels"]["ai"],
+        "pools": {"rlaif": {**LABELS, **orders}, "rlhf": {**LABELS, **orders, "first_shown_rate": None}},
+    }
+    facts = {**MADE, "labels": {**MADE["labels"], "ai": labels}}
+    assert made(facts=facts, recipe=recipe)["orders"] == [
+        ["labelling", "rlaif pool", "12", "5", "2", "1", "72%", "a tie"],
+        ["labelling", "rlhf pool", "12", "5", "2", "1", "–", "a tie"],
+    ]
+    judged = {**MADE, "grader": {**MADE["grader"], **orders}}
+    judge = make_recipe(evaluate={"grader": {**llm, "flips": "drop"}})
+    assert made(facts=judged, recipe=judge)["orders"] == [
+        ["evaluation", "the comparison of models", "12", "5", "2", "1", "72%", "no label"]
+    ]
+    assert made()["orders"] == []
+
+
 def off_policy(recipe: Recipe, **counts: int) -> list[str]:
     """The off-policy cells where so many of each arm's 40 preferences are counted."""
     facts = copy.deepcopy(MADE)

@@ -24,7 +24,7 @@ from suasion.recipe import Recipe
 from suasion.records import read_json, write_json
 from suasion.rundir import ATTEMPT, Input, RunDir, StageContext, StageResult, cache_dir, differences, refuse_stale
 from suasion.sections.base import FILE_KEYS, TEMPLATE, Section
-from suasion.sections.grading import read_pairs_of
+from suasion.sections.grading import read_pairs_of, without_folder
 
 MODEL = (
     "model.base",
@@ -63,13 +63,9 @@ class Stage:
 
             hashes = external_hashes(recipe)
         elif self.name in ("ai-labels", "evaluate"):
-            from suasion.grading.pairs import training_hashes
-            from suasion.grading.rubric import template_hashes
+            from suasion.grading.build import outside_hashes
 
-            grader = recipe.ai_labels.grader if self.name == "ai-labels" else recipe.evaluate.grader
-            for data in read_pairs_of(grader):
-                hashes |= training_hashes(data)
-            hashes |= template_hashes(grader)
+            hashes = outside_hashes(recipe.ai_labels.grader if self.name == "ai-labels" else recipe.evaluate.grader)
             if self.name == "evaluate":
                 from suasion.evaluation.measuring import external_hashes as measuring_hashes
 
@@ -186,10 +182,12 @@ def _what_counts(value: Any) -> Any:
     """A section as JSON, of its files only their names, and without what changes how the work is done but not what comes out."""
     if isinstance(value, Section):
         return {
-            name: Path(item).name if name in (*FILE_KEYS, TEMPLATE) and isinstance(item, str) and item else _what_counts(item)
+            name: Path(item).name if name in (*FILE_KEYS, TEMPLATE) and isinstance(item, str) and item
+            else without_folder(item) if name in ("base", "model") and isinstance(item, str)
+            else _what_counts(item)
             for name, item in value
             if name not in value.TRANSPORT
-        }
+        }  # fmt: skip
     if isinstance(value, dict):
         return {key: _what_counts(item) for key, item in value.items()}
     return [_what_counts(item) for item in value] if isinstance(value, tuple) else value

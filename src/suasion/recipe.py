@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from suasion.errors import UsageError
-from suasion.grading.files import make_absolute, read_mapping, resolve_grader
+from suasion.grading.files import make_absolute, make_base_absolute, read_mapping, resolve_grader
 from suasion.sections.base import Section
 from suasion.sections.corpus import LEAST_CONTEXT, CorpusSection, PoolsSection
 from suasion.sections.grading import KINDS as GRADER_KINDS
@@ -209,9 +209,7 @@ def _resolve(data: dict[str, Any], folder: Path) -> None:
     for source in sources if isinstance(sources, list) else []:
         make_absolute(source, folder)
     make_absolute((data.get("human_labels") or {}).get("source") if isinstance(data.get("human_labels"), dict) else None, folder)
-    model = data.get("model")
-    if isinstance(model, dict) and isinstance(model.get("base"), str) and model["base"].startswith((".", "/", "~")):
-        model["base"] = str((folder / Path(model["base"]).expanduser()).resolve())
+    make_base_absolute(data.get("model"), "base", folder)
 
 
 def _nearest(location: list[Any]) -> str:

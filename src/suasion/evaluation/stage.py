@@ -20,11 +20,10 @@ from suasion.chat import Renderer, as_text
 from suasion.evaluation.measuring import measure_texts
 from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise, with_people
 from suasion.grading.base import Comparison, Judgement, source_name
-from suasion.grading.bench import outcomes
-from suasion.grading.build import build_grader, measure
+from suasion.grading.build import announce, build_grader, measure
 from suasion.grading.canaries import failing, require_canaries
-from suasion.grading.pairs import read_sampled_pairs
-from suasion.grading.stage import Served, canary_count, first_shown, measured_line, training_of
+from suasion.grading.pairs import SampledPair, read_sampled_pairs
+from suasion.grading.stage import asked_as_canaries, both_orders, canary_count, measured_line, training_of
 from suasion.labeling.agreement import Labelled, compare
 from suasion.labeling.final import Heard, agreement_row, hear, read_said
 from suasion.labeling.stage import chose_first
@@ -74,8 +73,6 @@ def run_stage(stage: StageContext) -> StageResult:
     spec, scope = recipe.evaluate.grader, f"{recipe.name} {stage.stage}"
     training = training_of(stage)
     grader = build_grader(spec, training, recipe.seed, scope, recipe.processes.count)
-    measured = measure(spec, training, recipe.seed, grader, scope)
-    console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
     asked: list[tuple[str, str, str, str]] = []
     items: list[Comparison] = []
     for example, prompt in zip(examples, prompts, strict=True):
@@ -84,9 +81,11 @@ def run_stage(stage: StageContext) -> StageResult:
         for first, second in combinations(texts, 2):
             asked.append((prompt.id, prompt.conversation_id, first, second))
             items.append(Comparison(context, texts[first] or "", texts[second] or ""))
+    ours = [pair.comparison() for pair in sampled_pairs(stage)]
+    announce(grader, spec, training, recipe.seed, [*asked_as_canaries(spec, items), *items, *ours])
+    measured = measure(spec, training, recipe.seed, grader, scope)
+    console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
     canaries = require_canaries(grader, items, recipe.evaluate.allow_failed_canaries, canary_count(spec))
-    if isinstance(grader, Served):
-        grader.estimate(items)
     judged_items = grader.grade(items)
     verdicts = [
         ModelVerdict(
@@ -187,15 +186,14 @@ def order_facts(judged: Sequence[Judgement], spec: AnyGrader) -> dict[str, Any]:
     flip_rate: share of the comparisons answered in both orders on which it named another model when they were swapped; flips: what
     became of those. first_shown_rate: how often it named the response shown first, over both orders.
     """
-    orders = outcomes(judged)
-    answered = sum(orders.values()) - orders.get("none", 0)
-    if not answered:
+    known = both_orders(judged)
+    if known.get("flip_rate") is None:
         return {}
     return {
-        "orders": orders,
-        "flip_rate": round(orders["flip"] / answered, 4),
+        "orders": known["outcomes"],
+        "flip_rate": known["flip_rate"],
         "flips": spec.flips if isinstance(spec, LlmGrader) else None,
-        "first_shown_rate": first_shown(judged),
+        "first_shown_rate": known["first_shown_rate"],
     }
 
 
@@ -215,6 +213,15 @@ def arm_facts(trained: dict[str, Any], own: dict[str, Response], sft: dict[str, 
     }
 
 
+def sampled_pairs(stage: StageContext) -> list[SampledPair]:
+    """The run's own pairs, of both pools."""
+    return read_sampled_pairs(
+        stage.input("sample", "pairs.jsonl"),
+        stage.input("sample", "responses.jsonl"),
+        [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
+    )
+
+
 def judge_agreement(stage: StageContext, grader: Any) -> list[dict[str, Any]]:
     """How often each label source agrees with the evaluation grader on the same pairs, with 95% intervals by prompt.
 
@@ -222,11 +229,7 @@ def judge_agreement(stage: StageContext, grader: Any) -> list[dict[str, Any]]:
     averaged. people: the labels are real people's. The arm whose labels resemble the judge's has an advantage, and a win rate is a claim
     about people only where they agree with the judge beyond chance: the report shows these numbers beside the result.
     """
-    pairs = read_sampled_pairs(
-        stage.input("sample", "pairs.jsonl"),
-        stage.input("sample", "responses.jsonl"),
-        [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
-    )
+    pairs = sampled_pairs(stage)
     judged = {
         pair.pair.id: one.label for pair, one in zip(pairs, grader.grade([pair.comparison() for pair in pairs]), strict=True)
     }

@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STRENGTH_DECIMALS = 6  # absorbs rounding that depends on how texts were batched, so that equal texts have equal strengths
 FEWEST_TRAINING_PAIRS = 8
+UNREADABLE = "the texts do not fit into the model's context"
 MIRROR: dict[Label, Label] = {"a": "b", "b": "a", "tie": "tie", "none": "none"}
 
 Outcome = Literal["", "consistent", "flip", "tie", "none"]
@@ -84,6 +85,15 @@ class Grader(Protocol):
         ...
 
 
+@runtime_checkable
+class Served(Protocol):
+    """A grader whose judgements may cost money."""
+
+    def estimate(self, items: Sequence[Comparison]) -> None:
+        """Print what judging these would take."""
+        ...
+
+
 def rule(item: Comparison) -> Judgement | None:
     """What needs no model: identical texts (up to surrounding space) are a tie at exactly .5; of an empty and a non-empty reply the
     empty one loses with certainty. None where a model has to judge. The rule stands in `reason`."""
@@ -126,7 +136,7 @@ class BradleyTerryGrader:
         self.length_slope = 0.0
 
     def strengths(self, contexts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
-        """[n] float64: how strong each reply is in its context."""
+        """[n] float64: how strong each reply is in its context; NaN where the grader cannot read it."""
         raise NotImplementedError
 
     def largest_weights(self, count: int) -> dict[str, float]:
@@ -143,6 +153,7 @@ class BradleyTerryGrader:
         strength = self._each([(item.context, reply) for item in judged for reply in (item.a, item.b)])
         margins = np.array([strength[item.context, item.a] - strength[item.context, item.b] for item in judged])
         lengths = np.array([_log_words(item.a) - _log_words(item.b) for item in judged])
+        margins, lengths = margins[~np.isnan(margins)], lengths[~np.isnan(margins)]
         power = float(lengths @ lengths)
         self.length_slope += round(float(lengths @ margins) / power, STRENGTH_DECIMALS) if power > 0 else 0.0
         self.fingerprint = content_id("grader", self.fingerprint, self.length_slope)
@@ -153,9 +164,15 @@ class BradleyTerryGrader:
         a = np.array([strength[item.context, item.a] for item in items])
         b = np.array([strength[item.context, item.b] for item in items])
         return [
-            decide(item, float(p), self.tie_margin, canonical_json({"strength_a": float(x), "strength_b": float(y)}))
+            self._judgement(item, float(p), float(x), float(y))
             for item, p, x, y in zip(items, bradley_terry(a, b), a, b, strict=True)
         ]
+
+    def _judgement(self, item: Comparison, p: float, a: float, b: float) -> Judgement:
+        raw = canonical_json({"strength_a": None if math.isnan(a) else a, "strength_b": None if math.isnan(b) else b})
+        if math.isnan(p) and rule(item) is None:
+            return Judgement(None, "none", UNREADABLE, raw)
+        return decide(item, p, self.tie_margin, raw)
 
     def _each(self, replies: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
         keys = sorted(set(replies))
@@ -183,10 +200,8 @@ def fit_bradley_terry(differences: Any, ridge: float) -> np.ndarray:
     return np.asarray(model.coef_[0], dtype=np.float64)
 
 
-def train_grader(
-    spec: sections.EmbeddingGrader | sections.NgramGrader, pairs: Sequence[TrainingPair], seed: int
-) -> BradleyTerryGrader:
-    """Train the grader of a recipe. `seed` enters its fingerprint; the fit itself is convex and draws nothing.
+def train_grader(spec: sections.TrainedGrader, pairs: Sequence[TrainingPair], seed: int) -> BradleyTerryGrader:
+    """Train the grader of a recipe. `seed` enters its fingerprint; only a reward model draws from it, the other fits are convex.
 
     Raises UserError where there is too little to learn from.
     """
@@ -195,6 +210,10 @@ def train_grader(
             f"a grader cannot learn from {len(pairs)} outcome pairs (at least {FEWEST_TRAINING_PAIRS}). Give the corpus more "
             "conversations, or train the grader on a corpus of its own (train: {kind: cmv or ukp, path: ...})."
         )
+    if spec.kind == "reward":
+        from suasion.grading.reward import RewardBradleyTerry
+
+        return RewardBradleyTerry(spec, pairs, seed)
     fingerprint = content_id("grader", canonical_json(spec.model_dump(mode="json", exclude={"train"})), seed, pairs_hash(pairs))
     if spec.kind == "embedding":
         from suasion.grading.embedding import EmbeddingBradleyTerry

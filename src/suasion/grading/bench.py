@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from suasion.errors import UserError
-from suasion.grading.base import BASELINES, Comparison, Grader, Judgement, fit_bradley_terry
+from suasion.grading.base import BASELINES, Comparison, Grader, Judgement, Served, fit_bradley_terry
 from suasion.grading.features import word_count
 from suasion.grading.labelled import LabelledPair
 from suasion.grading.measure import cluster_interval, fold_assignment
@@ -46,11 +46,14 @@ class Taken:
 def take(grader: Grader, pairs: Sequence[LabelledPair]) -> Taken:
     """Ask a grader for everything that the bench needs."""
     items = [pair.item for pair in pairs]
+    turned, equal = [item.swapped() for item in items], [pair.equal_length() for pair in pairs]
+    if isinstance(grader, Served):
+        grader.estimate([*items, *turned, *equal])
     began = time.perf_counter()
     given = grader.grade(items)
     seconds = time.perf_counter() - began
-    swapped = [one.swapped() for one in grader.grade([item.swapped() for item in items])]
-    return Taken(given, swapped, grader.grade([pair.equal_length() for pair in pairs]), seconds)
+    swapped = [one.swapped() for one in grader.grade(turned)]
+    return Taken(given, swapped, grader.grade(equal), seconds)
 
 
 def cross_taken(
@@ -72,6 +75,7 @@ def cross_taken(
         training += time.perf_counter() - began
         held_out = np.flatnonzero(fold_of == fold).tolist()
         part = take(grader, [pairs[i] for i in held_out])
+        del grader  # it may hold a language model: not two at once
         seconds += part.seconds
         found.extend(zip(held_out, part.given, part.swapped, part.equal, strict=True))
     found.sort(key=lambda row: row[0])

@@ -11,11 +11,10 @@ from suasion.grading.base import Grader
 from suasion.grading.bench import Taken, agreement, baselines, cross_taken, length_slope, summarise, take
 from suasion.grading.build import build_grader
 from suasion.grading.labelled import LabelledPair, without
-from suasion.grading.llm import ServedLlmGrader
 from suasion.grading.pairs import TrainingPair, load_training_pairs
 from suasion.progress import console
 from suasion.sections import grading as sections
-from suasion.sections.grading import LlmGrader
+from suasion.sections.grading import learns_from, settings_of
 
 
 def run_bench(
@@ -29,7 +28,7 @@ def run_bench(
     """(bench.json without the reliability bins, answers).
 
     training: pairs that replace the grader's own; those that are tested too are left out, and counted. folds: 0, or cross-validate
-    by group on `tested`. Raises UserError where there is nothing to train on or to hold out.
+    by group on `tested` (a language model learns nothing here, so that it is asked once and folds is 0). Raises UserError where there is nothing to train on or to hold out.
     """
 
     def trained_on(pairs: Sequence[LabelledPair]) -> Grader:
@@ -38,7 +37,7 @@ def run_bench(
 
     used, shared_pairs = 0, 0
     shared_groups: set[str] = set()
-    if folds:
+    if folds and learns_from(spec) is not None:
         taken, used, training_seconds = cross_taken(trained_on, tested, folds, seed)
     else:
         began = time.perf_counter()
@@ -49,8 +48,6 @@ def run_bench(
             shared_pairs = len(training) - len(kept)
             shared_groups = {pair.group for pair in kept} & {pair.group for pair in tested}
             grader = trained_on(kept)
-        if isinstance(grader, ServedLlmGrader):
-            grader.estimate([item for pair in tested for item in (pair.item, pair.equal_length())])
         training_seconds = time.perf_counter() - began
         taken = take(grader, tested)
     if shared_pairs or shared_groups:
@@ -61,7 +58,7 @@ def run_bench(
     return {
         "format": "bench/1",
         "grader": spec.kind,
-        "settings": spec.model_dump(mode="json", exclude={"train", *LlmGrader.TRANSPORT}),
+        "settings": settings_of(spec),
         "seed": seed,
         "folds": used,
         "groups": len({pair.group for pair in tested}),

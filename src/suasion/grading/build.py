@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from suasion.errors import UserError
-from suasion.grading.base import Grader, train_grader
-from suasion.grading.measure import Measurement, cross_validate, measure_on
-from suasion.grading.pairs import TrainingPair
+from suasion.grading.base import BradleyTerryGrader, Comparison, Grader, Served, train_grader
+from suasion.grading.measure import FOLDS, Measurement, as_comparisons, cross_validate, measure_on
+from suasion.grading.pairs import TrainingPair, training_hashes
 from suasion.progress import console
 from suasion.records import content_id
 from suasion.rundir import cache_dir
@@ -42,10 +42,57 @@ def measure(
     grader: one that is built already, so that an LLM grader is not set up twice. None for an LLM grader without pairs to be measured on.
     """
     if isinstance(spec, sections.LlmGrader):
-        if spec.measure is None:
-            return None
-        return measure_on(grader or _llm(spec, seed, scope), drawn(training(spec.measure), spec.measure_pairs, seed), seed)
-    return cross_validate(lambda pairs: build_grader(spec, lambda _: pairs, seed, scope), training(spec.train), seed)
+        pairs = measured_pairs(spec, training, seed)
+        return measure_on(grader or _llm(spec, seed, scope), pairs, seed) if pairs else None
+    folds = spec.folds if isinstance(spec, sections.RewardGrader) else FOLDS
+    return cross_validate(lambda pairs: build_grader(spec, lambda _: pairs, seed, scope), training(spec.train), seed, folds)
+
+
+def measured_pairs(spec: sections.AnyGrader, training: Training, seed: int) -> list[TrainingPair]:
+    """The pairs on which `measure` asks a grader that is not trained here; none for one that is trained or not to be measured."""
+    if not isinstance(spec, sections.LlmGrader) or spec.measure is None:
+        return []
+    return drawn(training(spec.measure), spec.measure_pairs, seed)
+
+
+def announce(grader: Grader, spec: sections.AnyGrader, training: Training, seed: int, items: Sequence[Comparison]) -> None:
+    """Print what a grader that may cost money is going to be asked, before its first request: its measurement and these comparisons."""
+    if isinstance(grader, Served):
+        grader.estimate([*as_comparisons(measured_pairs(spec, training, seed), seed), *items])
+
+
+def neutralise_length(spec: sections.AnyGrader, grader: Grader, items: Sequence[Comparison]) -> dict[str, float]:
+    """Take length out of every trained grader that asks for it, on the comparisons that it is going to judge; in a panel, of its members.
+
+    Returns the slopes that were taken out, by the grader's kind or its name in the panel.
+    """
+    parts: list[tuple[str, sections.AnyGrader, Grader]] = [(spec.kind, spec, grader)]
+    if isinstance(spec, sections.PanelGrader):
+        from suasion.grading.panel import PanelGrader
+
+        assert isinstance(grader, PanelGrader), "a panel's section builds a panel"
+        parts = [(one.name, member, one.grader) for member, one in zip(spec.members, grader.members, strict=True)]
+    slopes = {}
+    for name, section, part in parts:
+        if isinstance(section, sections.EmbeddingGrader) and section.residualise_length:
+            assert isinstance(part, BradleyTerryGrader), "an embedding grader is a Bradley-Terry grader"
+            part.neutralise_length(items)
+            slopes[name] = part.length_slope
+    return slopes
+
+
+def outside_hashes(spec: sections.AnyGrader) -> dict[str, str]:
+    """name -> hash of what a grader reads from outside the run: training pairs, language models in this process, templates."""
+    from suasion.grading.rubric import template_hashes
+
+    hashes: dict[str, str] = {}
+    for data in sections.read_pairs_of(spec):
+        hashes |= training_hashes(data)
+    for number, model in enumerate(sections.models_of(spec), start=1):
+        from suasion.models import base_hash
+
+        hashes[f"grader model {number}"] = base_hash(model)
+    return hashes | template_hashes(spec)
 
 
 def drawn(pairs: Sequence[TrainingPair], count: int, seed: int) -> list[TrainingPair]:
@@ -89,7 +136,9 @@ def _panel(spec: sections.PanelGrader, pairs: Sequence[TrainingPair], seed: int,
     members = []
     for number, member in enumerate(spec.members, start=1):
         grader = build_grader(member, lambda _: pairs, seed, scope, processes)
-        measured = measure(_measurable(member, spec.train), lambda _: pairs, seed, grader, scope)
+        measurable = _measurable(member, spec.train)
+        announce(grader, measurable, lambda _: pairs, seed, ())
+        measured = measure(measurable, lambda _: pairs, seed, grader, scope)
         if measured is None:
             raise UserError(f"member {number} of the panel could not be measured, so that it has no weight.")
         members.append(Member(f"{number} {member.kind}", grader, measured.accuracy))

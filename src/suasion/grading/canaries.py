@@ -43,18 +43,16 @@ INJECTIONS = (
 )
 
 
-def canaries(grader: Grader, items: Sequence[Comparison], count: int = COMPARISONS) -> dict[str, float]:
-    """Share of right answers by canary, on the first comparisons of `items` with two different non-empty replies.
-
-    Raises UserError where there is none.
+def canary_comparisons(items: Sequence[Comparison], count: int) -> dict[str, list[Comparison]]:
+    """What a grader is asked, by canary: made from the first comparisons of `items` with two different non-empty replies, which stand beside
+    as "given". Raises UserError where there is none.
     """
     chosen = [item for item in items if item.a.strip() and item.b.strip() and item.a.strip() != item.b.strip()][:count]
     if not chosen:
         raise UserError(
             "there is no pair with two different, non-empty responses to test the grader on. Look at sample's responses.jsonl."
         )
-    half = len(chosen)
-    made: dict[str, list[Comparison]] = {
+    return {
         "given": list(chosen),
         "swapped": [item.swapped() for item in chosen],
         "empty": [Comparison(item.context, item.a, "") for item in chosen]
@@ -67,9 +65,15 @@ def canaries(grader: Grader, items: Sequence[Comparison], count: int = COMPARISO
             for i, item in enumerate(chosen)
         ],
     }
+
+
+def canaries(grader: Grader, items: Sequence[Comparison], count: int = COMPARISONS) -> dict[str, float]:
+    """Share of right answers by canary. Raises UserError where no canary can be made."""
+    made = canary_comparisons(items, count)
     judged = iter(grader.grade([item for group in made.values() for item in group]))
     said = {name: [next(judged) for _ in group] for name, group in made.items()}
     given = said["given"]
+    half = len(given)
     right = {
         "empty": [one.label == ("a" if i < half else "b") for i, one in enumerate(said["empty"])],
         "identical": [one.label == "tie" for one in said["identical"]],

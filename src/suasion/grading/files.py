@@ -38,6 +38,10 @@ def resolve_grader(grader: Any, folder: Path) -> Any:
         template = grader.get(TEMPLATE)  # a shipped one has a name and no file
         if isinstance(template, str) and (file := folder / Path(template).expanduser()).is_file():
             grader[TEMPLATE] = str(file.resolve())
+        if grader.get("kind") == "reward":
+            make_base_absolute(grader.get("model"), "base", folder)
+        elif grader.get("provider") == "local":
+            make_base_absolute(grader, "model", folder)
         if isinstance(grader.get("members"), list):
             grader["members"] = [resolve_grader(member, folder) for member in grader["members"]]
     return grader
@@ -48,6 +52,13 @@ def make_absolute(holder: Any, folder: Path) -> None:
     for key in FILE_KEYS if isinstance(holder, dict) else ():
         if isinstance(holder.get(key), str) and holder[key] != "bundled":
             holder[key] = str((folder / Path(holder[key]).expanduser()).resolve())
+
+
+def make_base_absolute(holder: Any, key: str, folder: Path) -> None:
+    """Make a base model that is given as a path absolute, in place; other bases are names."""
+    name = holder.get(key) if isinstance(holder, dict) else None
+    if isinstance(name, str) and name.startswith((".", "/", "~")):
+        holder[key] = str((folder / Path(name).expanduser()).resolve())
 
 
 def load_grader(path: Path) -> sections.AnyGrader:

@@ -13,6 +13,7 @@ import json
 import sqlite3
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ CREATE TABLE IF NOT EXISTS sent (
   id INTEGER PRIMARY KEY, scope TEXT NOT NULL, key TEXT NOT NULL, worst REAL NOT NULL, paid REAL, made REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS sent_scope ON sent (scope);
+CREATE TABLE IF NOT EXISTS batches (id TEXT PRIMARY KEY, server TEXT NOT NULL, sent TEXT NOT NULL, made REAL NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -55,6 +57,13 @@ class Answer:
         fields["alternatives"] = tuple(tuple((token, value) for token, value in place) for place in fields["alternatives"])
         fields["tokens"] = tuple(fields["tokens"])
         return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """No answer, and why."""
+
+    reason: str
 
 
 def request_key(server: str, body: dict[str, Any]) -> str:
@@ -126,6 +135,24 @@ class Ledger:
             self._base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, answer.to_json(), time.time()))
             self._base.execute("UPDATE sent SET paid = ? WHERE id = ?", (answer.cost, sent))
             self._base.execute("COMMIT")
+
+    def open_batch(self, batch: str, server: str, sent: Mapping[str, int]) -> None:
+        """A provider has taken a batch. sent: key -> entry on the bill of each of its requests."""
+        with self._lock:
+            self._base.execute(
+                "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", (batch, server, json.dumps(dict(sent)), time.time())
+            )
+
+    def batches(self, server: str) -> list[tuple[str, dict[str, int]]]:
+        """Batches that a server has taken and of which nobody has seen the end, oldest first: (id, as given to `open_batch`)."""
+        with self._lock:
+            rows = self._base.execute("SELECT id, sent FROM batches WHERE server = ? ORDER BY made, id", (server,)).fetchall()
+        return [(batch, json.loads(sent)) for batch, sent in rows]
+
+    def close_batch(self, batch: str) -> None:
+        """Everything that a batch brought is settled."""
+        with self._lock:
+            self._base.execute("DELETE FROM batches WHERE id = ?", (batch,))
 
     def release(self, sent: int) -> None:
         """The server did not take the request (no connection, refused, overloaded): it costs nothing."""

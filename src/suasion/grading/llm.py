@@ -20,12 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from suasion.grading.base import Comparison, Judgement, Outcome, rule
-from suasion.grading.ledger import Answer
+from suasion.grading.ledger import Answer, Missing
 from suasion.grading.rubric import Rubric
-from suasion.grading.runner import Missing
 from suasion.grading.verdicts import PAIR_SCHEMA, Said, Side, Unreadable, ranking_schema, read_pair, read_ranking
 from suasion.records import Label, canonical_json, content_id
-from suasion.sections.grading import LlmGrader
+from suasion.sections.grading import LlmGrader, settings_of
 from suasion.seeding import derive_seed
 
 SHOWN_RAW = 4000  # characters of an answer that are kept with a verdict
@@ -78,7 +77,7 @@ class ServedLlmGrader:
     ):
         self.spec, self.rubric, self.asker, self.make_body, self.seed = spec, rubric, asker, make_body, seed
         self.template_hash = rubric.hash
-        settings = spec.model_dump(mode="json", exclude={"template", "measure", *LlmGrader.TRANSPORT})
+        settings = {key: value for key, value in settings_of(spec).items() if key != "template"}
         self.fingerprint = content_id("grader", canonical_json(settings), rubric.hash, seed)
 
     def grade(self, items: Sequence[Comparison]) -> list[Judgement]:

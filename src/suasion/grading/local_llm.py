@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from suasion.errors import UserError
-from suasion.grading.base import Comparison, Judgement, bradley_terry, rule
+from suasion.grading.base import UNREADABLE, Comparison, Judgement, bradley_terry, rule
 from suasion.grading.llm import combine
 from suasion.grading.rubric import Rubric
 from suasion.progress import progress
-from suasion.records import canonical_json, content_id
-from suasion.sections.grading import LlmGrader
+from suasion.records import Turn, canonical_json, content_id
+from suasion.sections.grading import LlmGrader, settings_of
 from suasion.sections.training import ModelSection
 
 BATCH_TOKENS = 4096
@@ -40,40 +40,46 @@ class LocalLlmGrader:
         self._reader: Reader | None = None
         self.section = ModelSection(base=spec.model, system_prompt=rubric.system)
         self.template_hash = rubric.hash
-        settings = spec.model_dump(mode="json", exclude={"model", "template", "measure", *LlmGrader.TRANSPORT})
+        self._known: dict[Comparison, Judgement] = {}
+        settings = {key: value for key, value in settings_of(spec).items() if key not in ("model", "template")}
         self.fingerprint = content_id("grader", canonical_json(settings), rubric.hash, base_hash(self.section), seed)
 
     def grade(self, items: Sequence[Comparison]) -> list[Judgement]:
         """One judgement a comparison, both orders combined. Equal comparisons are read once."""
         ruled = [rule(item) for item in items]
         asked = list(dict.fromkeys(item for item, known in zip(items, ruled, strict=True) if known is None))
-        shown = list(dict.fromkeys(one for item in asked for one in (item, item.swapped())))
+        both = (True, False) if self.spec.orders == "both" else (True,)
+        shown = list(dict.fromkeys(item if given else item.swapped() for item in asked for given in both))
         single = dict(zip(shown, self._read(shown), strict=True))
-        judged = {}
-        for item in asked:
-            first = single[item]
-            both = combine(first, single[item.swapped()].swapped(), self.spec.flips)
-            judged[item] = first if self.spec.orders == "given" else both
+        judged = {
+            item: single[item]
+            if self.spec.orders == "given"
+            else combine(single[item], single[item.swapped()].swapped(), self.spec.flips)
+            for item in asked
+        }
         return [judged[item] if known is None else known for item, known in zip(items, ruled, strict=True)]
 
-    def estimate(self, items: Sequence[Comparison]) -> None:
-        """Nothing is paid for here."""
-
     def _read(self, shown: Sequence[Comparison]) -> list[Judgement]:
+        """One order each, told as of the texts in the order shown. Each order is read once a process."""
+        missing = [one for one in shown if one not in self._known]
+        if missing:
+            scores = self._scores(missing)
+            self._known |= {one: self._judgement(scores.get(i)) for i, one in enumerate(missing)}
+        return [self._known[one] for one in shown]
+
+    def _scores(self, shown: Sequence[Comparison]) -> dict[int, tuple[float, float]]:
+        """log p(A), log p(B) of each comparison's prompt by its place; prompts that do not fit are left out."""
         from transformers import AutoConfig
 
         from suasion.chat import Renderer
         from suasion.models import base_folder, load_tokenizer
-        from suasion.records import Turn
 
-        if not shown:
-            return []
         renderer = Renderer(load_tokenizer(self.section), self.rubric.system)
         letters = [renderer.encode(letter) for letter in VERDICTS]
         if any(len(one) != 1 for one in letters):
             raise UserError(f"the tokenizer of {self.spec.model} has no single token for A or for B. Choose another model.")
         prompts = [renderer.render([Turn(role="user", text=self.rubric.pair(one, self.seed, "local"))]).ids for one in shown]
-        config = AutoConfig.from_pretrained(base_folder(self.section), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base_folder(self.section), trust_remote_code=False).get_text_config()
         longest = int(getattr(config, "max_position_embeddings", 0)) or max(map(len, prompts))
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), shown[i].context, shown[i].a))
         batches: list[list[int]] = []
@@ -98,16 +104,16 @@ class LocalLlmGrader:
 
                 maker = "suasion.grading.local_llm:verdict_reader"
                 spread(maker, setup, work, keep, self.processes, compute(self.section).device)
-            else:
+            elif work:
                 self._reader = self._reader or verdict_reader(setup)
                 for key, batch in work:
                     keep(key, self._reader(batch))
-        return [self._judgement(scores.get(i)) for i in range(len(shown))]
+        return scores
 
     @staticmethod
     def _judgement(read: tuple[float, float] | None) -> Judgement:
         if read is None:
-            return Judgement(None, "none", "the texts do not fit into the model's context")
+            return Judgement(None, "none", UNREADABLE)
         p = float(bradley_terry(np.array([read[0]]), np.array([read[1]]))[0])
         return Judgement(
             p, "tie" if read[0] == read[1] else "a" if p > 0.5 else "b", "", canonical_json({"A": read[0], "B": read[1]})
@@ -115,28 +121,31 @@ class LocalLlmGrader:
 
 
 def verdict_reader(setup: dict[str, Any]) -> Reader:
-    """Load the model; what comes back reads one batch of prompts (token ids): log p(A), log p(B) of each, at the prompt's end."""
+    """Load the model; what comes back reads one batch of prompts (token ids): log p(A), log p(B) of each, at the prompt's end.
+
+    In fp32 whatever the hardware: in bf16 a logit of 16 moves in steps of .06, so that two letters often tie and what stands beside a
+    prompt decides.
+    """
     import torch
 
     from suasion.models import Lineage, compute, load_merged
 
     section = ModelSection.model_validate(setup["model"])
-    hardware = compute(section)
-    model = load_merged(Lineage(section), hardware.device)
+    model = load_merged(Lineage(section), compute(section).device)
 
     @torch.no_grad()
     def read(prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        # Padded at the right: a causal model's logits at a row's last token do not see what follows it.
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        width = int(lengths.max())
+        # Padded at the left, so that every row's next token stands in the last column: the model's own head is asked for that one only.
+        width = max(map(len, prompts))
         tokens = torch.zeros((len(prompts), width), dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-        mask = torch.arange(width)[None, :] < lengths[:, None]
-        with hardware.autocast():
-            hidden = model.base_model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
-            last = hidden[torch.arange(len(prompts)), lengths - 1]
-            logprobs = model.lm_head(last).float().log_softmax(-1)[:, setup["letters"]].cpu().double()
+            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        places = torch.arange(width)[None, :] - torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
+        logits = model(
+            input_ids=tokens.to(model.device), attention_mask=(places >= 0).long().to(model.device),
+            position_ids=places.clamp(min=0).to(model.device), logits_to_keep=1, use_cache=False,
+        ).logits[:, -1]  # fmt: skip
+        logprobs = logits.float().log_softmax(-1)[:, setup["letters"]].cpu().double()
         return [[round(value, DECIMALS) for value in pair] for pair in logprobs.tolist()]
 
     return read

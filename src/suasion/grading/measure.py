@@ -19,6 +19,7 @@ from suasion.seeding import derive_seed, generator
 
 BOOTSTRAP = 2000
 CONFIDENCE = 0.95
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Measurement:
 
 
 def cross_validate(
-    train: Callable[[Sequence[TrainingPair]], Grader], pairs: Sequence[TrainingPair], seed: int, folds: int = 5
+    train: Callable[[Sequence[TrainingPair]], Grader], pairs: Sequence[TrainingPair], seed: int, folds: int = FOLDS
 ) -> Measurement:
     """Cross-validate by group what `train` makes of pairs. Raises UserError with fewer than two groups: nothing can be held out."""
     fold_of = fold_assignment([pair.group for pair in pairs], folds, seed)
@@ -62,6 +63,7 @@ def cross_validate(
         grader = train([pair for pair, k in zip(pairs, fold_of, strict=True) if k != fold])
         held_out = [i for i, k in enumerate(fold_of) if k == fold]
         judged.update(zip(held_out, judge_pairs(grader, [pairs[i] for i in held_out], seed), strict=True))
+        del grader  # it may hold a language model: not two at once
     return score(pairs, [judged[i] for i in range(len(pairs))], used, seed)
 
 
@@ -86,10 +88,17 @@ def fold_assignment(groups: Sequence[str], folds: int, seed: int) -> list[int]:
 
 def judge_pairs(grader: Grader, pairs: Sequence[TrainingPair], seed: int) -> list[Judgement]:
     """Judgements in which `a` is the winner; each pair is shown in a seeded order, so that position cannot help."""
-    flips = [derive_seed(seed, "shown", pair.context, pair.winner, pair.loser) % 2 == 1 for pair in pairs]
+    shown = as_comparisons(pairs, seed)
+    return [
+        judged if item.a == pair.winner else judged.swapped()
+        for pair, item, judged in zip(pairs, shown, grader.grade(shown), strict=True)
+    ]
+
+
+def as_comparisons(pairs: Sequence[TrainingPair], seed: int) -> list[Comparison]:
+    """Each pair in the order in which it is shown: seeded by its content."""
     items = [Comparison(pair.context, pair.winner, pair.loser) for pair in pairs]
-    shown = [item.swapped() if flip else item for item, flip in zip(items, flips, strict=True)]
-    return [judged.swapped() if flip else judged for judged, flip in zip(grader.grade(shown), flips, strict=True)]
+    return [item.swapped() if derive_seed(seed, "shown", item.context, item.a, item.b) % 2 == 1 else item for item in items]
 
 
 def score(pairs: Sequence[TrainingPair], judged: Sequence[Judgement], folds: int, seed: int) -> Measurement:

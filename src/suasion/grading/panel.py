@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from suasion.errors import UserError
-from suasion.grading.base import Comparison, Grader, Judgement, decide
+from suasion.grading.base import Comparison, Grader, Judgement, Served, decide
 from suasion.records import canonical_json, content_id
 
 SUREST = 0.99  # a finite number of pairs proves no accuracy of 1
@@ -47,9 +47,19 @@ class PanelGrader:
                 + "). Train them on other pairs, or choose other graders."
             )
         self.members, self.tie_margin = tuple(members), tie_margin
-        self.fingerprint = content_id(
-            "panel", tie_margin, *(f"{member.grader.fingerprint} {member.accuracy:.6f}" for member in members)
+
+    @property
+    def fingerprint(self) -> str:
+        """Follows the members': it changes when length is taken out of one of them."""
+        return content_id(
+            "panel", self.tie_margin, *(f"{member.grader.fingerprint} {member.accuracy:.6f}" for member in self.members)
         )
+
+    def estimate(self, items: Sequence[Comparison]) -> None:
+        """Print what the voting members that may cost money would be asked."""
+        for member in self.members:
+            if member.weight > 0 and isinstance(member.grader, Served):
+                member.grader.estimate(items)
 
     def grade(self, items: Sequence[Comparison]) -> list[Judgement]:
         """One judgement a comparison; the members' votes stand in `raw`."""
@@ -63,6 +73,7 @@ class PanelGrader:
         raw = canonical_json(
             {
                 member.name: {"label": vote.label, "p_a": vote.p_a, "weight": round(member.weight, 4)}
+                | ({"outcome": vote.outcome} if vote.outcome else {})
                 for member, vote in zip(voting, votes, strict=True)
             }
         )

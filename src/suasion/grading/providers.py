@@ -13,12 +13,13 @@ import json
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from suasion.errors import UserError
 from suasion.grading.ledger import Answer
+from suasion.records import canonical_json
 from suasion.sampling.endpoint import retry_after
 from suasion.sections.grading import LlmGrader
 
@@ -30,6 +31,8 @@ DECLINED = (400, 413, 422)  # this request is not taken; another may be
 REFUSED = (401, 403, 404, 405)
 TOP_TOKENS = 20
 SHOWN = 300
+BATCHED = "/v1/chat/completions"
+BATCH_SECONDS = 600.0  # a batch is many megabytes both ways
 TERMS = {
     OPENAI_ADDRESS: "https://openai.com/policies/service-terms/",
     ANTHROPIC_ADDRESS: "https://www.anthropic.com/legal/commercial-terms",
@@ -54,8 +57,15 @@ class Declined(Exception):
     """The server will not answer this request, however often it is asked."""
 
 
+Came = Answer | Fault | Declined  # what becomes of one request
+
+
 class Refused(Exception):
     """The server will answer none of these requests: key, address or model are wrong."""
+
+    def __init__(self, what: str, status: int = 0):
+        super().__init__(what)
+        self.status = status
 
 
 class Provider(Protocol):
@@ -69,6 +79,17 @@ class Provider(Protocol):
 
     async def send(self, body: dict[str, Any]) -> Answer:
         """One try. Raises Fault, Declined or Refused."""
+        ...
+
+    async def submit(self, bodies: Mapping[str, dict[str, Any]]) -> str:
+        """Send a batch of requests, by key (64 hex digits); returns its id. Raises Fault, Declined or Refused."""
+        ...
+
+    async def collect(self, batch: str) -> dict[str, Came] | None:
+        """What became of each request of a batch: an answer, a Fault or Declined; None while it is under way.
+
+        Raises Fault or Refused, and UserError for a batch that failed as a whole.
+        """
         ...
 
     async def close(self) -> None:
@@ -147,16 +168,53 @@ class OpenAiProvider:
 
     async def send(self, body: dict[str, Any]) -> Answer:
         """One try with the `openai` SDK, whose own retries are off: the runner keeps the bill."""
+        async with self._asking(self.spec.timeout) as client:
+            raw = await client.chat.completions.with_raw_response.create(**body)
+            text = raw.http_response.text
+        return self._read(text)
+
+    async def submit(self, bodies: Mapping[str, dict[str, Any]]) -> str:
+        """A file of requests, and the batch that works on it."""
+        rows = [{"custom_id": key, "method": "POST", "url": BATCHED, "body": body} for key, body in bodies.items()]
+        content = "".join(f"{canonical_json(row)}\n" for row in rows).encode()
+        async with self._asking(BATCH_SECONDS) as client:
+            file = await client.files.create(file=("requests.jsonl", content), purpose="batch")
+        async with self._asking(BATCH_SECONDS) as client:
+            batch = await client.batches.create(input_file_id=file.id, endpoint=BATCHED, completion_window="24h")
+        return str(batch.id)
+
+    async def collect(self, batch: str) -> dict[str, Came] | None:
+        """Answers stand in one file, errors in another; a batch that expired has both."""
+        async with self._asking(BATCH_SECONDS) as client:
+            state = await client.batches.retrieve(batch)
+            if state.status == "failed":
+                said = "; ".join(str(error.message) for error in (state.errors.data if state.errors else None) or ())
+                raise UserError(f"{self.address} did not take batch {batch}: {self._blot(said) or 'it does not say why'}")
+            if state.status not in ("completed", "expired", "cancelled"):
+                return None
+            files = [name for name in (state.output_file_id, state.error_file_id) if name]
+            lines = [line for name in files for line in (await client.files.content(name)).text.splitlines() if line.strip()]
+        found: dict[str, Came] = {}
+        for line in lines:
+            row = parsed(line, self._blot)
+            answer = row.get("response") or {}
+            status, said = answer.get("status_code"), self._blot(json.dumps(answer.get("body") or row.get("error"))[:SHOWN])
+            if status == 200:
+                found[row["custom_id"]] = read_or_fault(self._read, answer["body"])
+            else:
+                found[row["custom_id"]] = Declined(said) if status in (*DECLINED, *REFUSED) else Fault(said)
+        return found
+
+    @asynccontextmanager
+    async def _asking(self, seconds: float) -> AsyncIterator[Any]:
         import openai
 
         if self._client is None:
             self._client = openai.AsyncOpenAI(
                 api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=self.spec.timeout
             )
-        async with faults_of(openai, self.spec.timeout, self._blot):
-            raw = await self._client.chat.completions.with_raw_response.create(**body)
-            text = raw.http_response.text
-        return self._read(text)
+        async with faults_of(openai, seconds, self._blot):
+            yield self._client
 
     def _read(self, text: str) -> Answer:
         data = parsed(text, self._blot)
@@ -213,6 +271,14 @@ def parsed(text: str, blot: Callable[[str], str]) -> Any:
         raise Fault(f"an answer that is not JSON: {blot(text[:SHOWN])!r}", charged=True) from error
 
 
+def read_or_fault(read: Callable[[str], Answer], body: Any) -> Answer | Fault:
+    """One answer out of a batch; a faulty one is told apart from the others, not raised."""
+    try:
+        return read(json.dumps(body))
+    except Fault as error:
+        return error
+
+
 class AnthropicProvider:
     """Anthropic's messages; the answer's schema is enforced through output_config."""
 
@@ -235,15 +301,44 @@ class AnthropicProvider:
 
     async def send(self, body: dict[str, Any]) -> Answer:
         """One try with the `anthropic` SDK, whose own retries are off."""
-        sdk = self._sdk
-        if self._client is None:
-            self._client = sdk.AsyncAnthropic(
-                api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=self.spec.timeout
-            )
-        async with faults_of(sdk, self.spec.timeout, self._blot):
-            raw = await self._client.messages.with_raw_response.create(**body)
+        async with self._asking(self.spec.timeout) as client:
+            raw = await client.messages.with_raw_response.create(**body)
             text = await raw.text()
         return self._read(text)
+
+    async def submit(self, bodies: Mapping[str, dict[str, Any]]) -> str:
+        """A message batch."""
+        async with self._asking(BATCH_SECONDS) as client:
+            batch = await client.messages.batches.create(
+                requests=[{"custom_id": key, "params": body} for key, body in bodies.items()]
+            )
+        return str(batch.id)
+
+    async def collect(self, batch: str) -> dict[str, Came] | None:
+        """Every request of an ended batch has succeeded, or it was in error, cancelled or out of time, and costs nothing."""
+        found: dict[str, Came] = {}
+        async with self._asking(BATCH_SECONDS) as client:
+            if (await client.messages.batches.retrieve(batch)).processing_status != "ended":
+                return None
+            async for row in await client.messages.batches.results(batch):
+                if row.result.type == "succeeded":
+                    found[row.custom_id] = read_or_fault(self._read, row.result.message.to_dict(mode="json"))
+                elif row.result.type == "errored":
+                    said = row.result.error.error
+                    kind = Declined if said.type == "invalid_request_error" else Fault
+                    found[row.custom_id] = kind(self._blot(f"{said.type}: {said.message}"[:SHOWN]))
+                else:
+                    found[row.custom_id] = Fault(str(row.result.type))
+        return found
+
+    @asynccontextmanager
+    async def _asking(self, seconds: float) -> AsyncIterator[Any]:
+        if self._client is None:
+            self._client = self._sdk.AsyncAnthropic(
+                api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=self.spec.timeout
+            )
+        async with faults_of(self._sdk, seconds, self._blot):
+            yield self._client
 
     def _read(self, text: str) -> Answer:
         data = parsed(text, self._blot)
@@ -275,7 +370,7 @@ def status_error(status: int, text: str, headers: Any, blot: Any) -> Exception:
     """What an HTTP status means for a request."""
     said = f"status {status}: {blot(text[:SHOWN]).strip() or '(empty)'}"
     if status in REFUSED:
-        return Refused(said)
+        return Refused(said, status)
     if status in DECLINED:
         return Declined(said)
     return Fault(said, wait=retry_after(headers.get("retry-after"), time.time()))

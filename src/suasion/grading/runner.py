@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from suasion.errors import UserError
-from suasion.grading.ledger import Answer, Ledger, request_key
+from suasion.grading.batches import ask_in_batches
+from suasion.grading.ledger import Answer, Ledger, Missing, request_key
 from suasion.grading.pace import Pace
 from suasion.grading.providers import Declined, Fault, Provider, Refused
 from suasion.progress import LOG_EVERY_SECONDS, console, progress
@@ -27,13 +28,6 @@ BYTES_A_TOKEN = 4.0  # English text; the bill is bounded with one byte a token i
 TEMPLATE_TOKENS = 64  # what a server's chat template adds to the messages, at most
 EXPECTED_SHARE = 0.5  # of max_tokens, for the estimate
 DECLINED_AT_FIRST = 3  # requests declined before any was answered: the settings are wrong, not the requests
-
-
-@dataclass(frozen=True)
-class Missing:
-    """No answer, and why."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ class Runner:
             else:
                 found[key] = stored
         if waiting:
-            asyncio.run(self._ask_all(waiting, found, what))
+            asyncio.run((ask_in_batches if self.spec.batch else Runner._ask_all)(self, waiting, found, what))
         return [found[key] for key in keys]
 
     async def _ask_all(self, waiting: dict[str, dict[str, Any]], found: dict[str, Answer | Missing], what: str) -> None:
@@ -152,9 +146,8 @@ class Runner:
         fault: Fault | None = None
         for attempt in range(self.spec.retries + 1):
             if fault is not None:
-                pause = min(PAUSE_SECONDS * 2 ** (attempt - 1), LONGEST_PAUSE_SECONDS)
                 jitter = generator(self.seed, "retry-jitter", key, attempt).uniform(0.5, 1.0)
-                await asyncio.sleep(max(fault.wait, pause * jitter))
+                await asyncio.sleep(max(fault.wait, self.pause(attempt - 1) * jitter))
             await self._requests.take(1)
             entry = await self._tokens.take(size(body) / BYTES_A_TOKEN + EXPECTED_SHARE * self.spec.max_tokens)
             sent = await self._reserve(key, body)
@@ -170,10 +163,7 @@ class Runner:
                 self.ledger.release(sent)
                 self._declined += 1
                 if not self._answered and self._declined >= DECLINED_AT_FIRST:
-                    raise UserError(
-                        f"{self.provider.address} declines every request ({error}). Some servers do not know response_format: set the "
-                        "grader's structured to none; or the model's context is too short."
-                    ) from None
+                    raise self.declines_all(error) from None
                 return Missing(f"declined: {error}")
             except Refused:
                 self.ledger.release(sent)
@@ -183,7 +173,7 @@ class Runner:
                 self._settled.set()
             if answer.tokens_in is not None and answer.tokens_out is not None:
                 Pace.correct(entry, answer.tokens_in + answer.tokens_out)
-            answer = replace(answer, cost=self._paid(answer, body))
+            answer = replace(answer, cost=self.paid(answer, body))
             self.ledger.settle(sent, key, answer)
             self._answered += 1
             return answer
@@ -200,11 +190,22 @@ class Runner:
             if sent is not None:
                 return sent
             if not self._in_flight:
-                raise UserError(
-                    f"the cap of ${cap:.2f} is reached: ${self.ledger.spent():.4f} are spent, and the next request can cost ${worst:.4f}. What "
-                    "was answered is kept: raise the grader's max_cost and run the same command again."
-                )
+                raise self.cap_reached(body)
             await self._settled.wait()
+
+    def cap_reached(self, body: dict[str, Any]) -> UserError:
+        """No request fits under the cap any more."""
+        return UserError(
+            f"the cap of ${self.spec.max_cost:.2f} is reached: ${self.ledger.spent():.4f} are spent, and the next request can cost "
+            f"${self.worst(body):.4f}. What was answered is kept: raise the grader's max_cost and run the same command again."
+        )
+
+    def declines_all(self, error: Exception) -> UserError:
+        """The settings are wrong, not the requests."""
+        return UserError(
+            f"{self.provider.address} declines every request ({error}). Some servers do not know response_format: set the grader's structured "
+            "to none; or the model's context is too short."
+        )
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
         """US dollars of so many tokens; 0 without prices."""
@@ -214,10 +215,16 @@ class Runner:
         """The most that a request can cost: a token has at least one byte, and the answer at most max_tokens."""
         return self.price(size(body) + TEMPLATE_TOKENS, self.spec.max_tokens)
 
-    def _paid(self, answer: Answer, body: dict[str, Any]) -> float:
+    def paid(self, answer: Answer, body: dict[str, Any]) -> float:
+        """US dollars of an answer."""
         if answer.tokens_in is None or answer.tokens_out is None:
             return self.worst(body)  # the server does not say: assume the most
         return self.price(answer.tokens_in, answer.tokens_out)
+
+    @staticmethod
+    def pause(faults: int) -> float:
+        """Seconds before a request is repeated that has failed so many times before, without counting the last."""
+        return float(min(PAUSE_SECONDS * 2**faults, LONGEST_PAUSE_SECONDS))
 
 
 def size(body: dict[str, Any]) -> int:

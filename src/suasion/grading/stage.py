@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from suasion.grading.base import BradleyTerryGrader, Comparison, Judgement, longer, source_name, to_verdict
+from suasion.grading.base import Comparison, Judgement, longer, source_name, to_verdict
 from suasion.grading.bench import outcomes
-from suasion.grading.build import build_grader, measure
-from suasion.grading.canaries import COMPARISONS, failing, require_canaries
+from suasion.grading.build import announce, build_grader, measure, neutralise_length
+from suasion.grading.canaries import COMPARISONS, canary_comparisons, failing, require_canaries
 from suasion.grading.measure import Measurement
 from suasion.grading.pairs import SampledPair, TrainingPair, load_training_pairs, read_sampled_pairs
 from suasion.progress import console
 from suasion.records import Verdict, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
-from suasion.sections.grading import AnyGrader, EmbeddingGrader, LlmGrader, PairData, PanelGrader, learns_from, title
+from suasion.sections.grading import AnyGrader, LlmGrader, PairData, PanelGrader, learns_from, settings_of, title
 
 LENGTH_WARNING = 0.75
 SHOWN_WEIGHTS = 20
@@ -36,15 +36,6 @@ class Weighted(Protocol):
         ...
 
 
-@runtime_checkable
-class Served(Protocol):
-    """A grader whose judgements may cost money."""
-
-    def estimate(self, items: Sequence[Comparison]) -> None:
-        """Print what judging these would take."""
-        ...
-
-
 def run_stage(stage: StageContext) -> StageResult:
     """See the module's docstring."""
     section, seed = stage.recipe.ai_labels, stage.recipe.seed
@@ -56,14 +47,12 @@ def run_stage(stage: StageContext) -> StageResult:
         [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
     )
     grader = build_grader(spec, training, seed, scope, stage.recipe.processes.count)
+    items = [pair.comparison() for pair in pairs]
+    announce(grader, spec, training, seed, [*asked_as_canaries(spec, items), *items])
     measured = measure(spec, training, seed, grader, scope)
     console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
-    items = [pair.comparison() for pair in pairs]
-    if isinstance(grader, BradleyTerryGrader) and isinstance(spec, EmbeddingGrader) and spec.residualise_length:
-        grader.neutralise_length(items)
+    slopes = neutralise_length(spec, grader, items)
     canary_rates = require_canaries(grader, items, section.allow_failed_canaries, canary_count(spec))
-    if isinstance(grader, Served):
-        grader.estimate(items)
     source = source_name(spec.kind)
     judged = grader.grade(items)
     verdicts = [
@@ -75,7 +64,7 @@ def run_stage(stage: StageContext) -> StageResult:
         "source": source,
         "trained_on": learned.kind if learned else None,
         "fingerprint": grader.fingerprint,
-        "length_slope": grader.length_slope if isinstance(grader, BradleyTerryGrader) else 0.0,
+        "length_slope": slopes if isinstance(spec, PanelGrader) else slopes.get(spec.kind, 0.0),
         "cross_validation": measured.as_facts() if measured else None,
         "canaries": canary_rates,
         "canaries_failed": failing(canary_rates),
@@ -87,6 +76,7 @@ def run_stage(stage: StageContext) -> StageResult:
                 [pair for pair in pairs if pair.pair.pool == pool],
                 [verdict for pair, verdict in zip(pairs, verdicts, strict=True) if pair.pair.pool == pool],
             )
+            | both_orders([one for pair, one in zip(pairs, judged, strict=True) if pair.pair.pool == pool])
             for pool in ("rlaif", "rlhf")
         },
     }
@@ -97,9 +87,7 @@ def run_stage(stage: StageContext) -> StageResult:
         stage.folder / "grader.json",
         {
             "kind": spec.kind,
-            "settings": spec.model_dump(
-                mode="json", exclude={"kind", "train", "measure", "members", "template", *LlmGrader.TRANSPORT}
-            ),
+            "settings": settings_of(spec),
             "trained_on": facts["trained_on"],
             "training_pairs": len(training(learned)) if learned else 0,
             "groups": measured.groups if measured else 0,
@@ -137,6 +125,11 @@ def measured_line(spec: AnyGrader, measured: Measurement | None) -> str:
         f"  {title(spec)}: {measured.accuracy:.1%} [{measured.low:.1%}, {measured.high:.1%}] of {measured.scored} "
         f"{'held-out ' if measured.folds else ''}pairs; longer wins {measured.longer:.1%}"
     )
+
+
+def asked_as_canaries(spec: AnyGrader, items: Sequence[Comparison]) -> list[Comparison]:
+    """Every comparison that the canaries of these pairs ask for."""
+    return [item for group in canary_comparisons(items, canary_count(spec)).values() for item in group]
 
 
 def canary_count(spec: AnyGrader) -> int:
@@ -179,6 +172,23 @@ def first_shown(judged: Sequence[Judgement]) -> float | None:
         if one.label in ("a", "b")
     ]
     return round(sum(named) / len(named), 4) if named else None
+
+
+def both_orders(judged: Sequence[Judgement]) -> dict[str, Any]:
+    """How the two orders of a grader that reads one at a time relate; {} for other graders.
+
+    outcomes: counts; first_shown_rate: see `first_shown`; flip_rate: share of the comparisons answered in both orders that name different
+    replies.
+    """
+    counts = outcomes(judged)
+    answered = sum(counts.values()) - counts.get("none", 0)
+    if not counts:
+        return {}
+    return {
+        "outcomes": counts,
+        "first_shown_rate": first_shown(judged),
+        "flip_rate": round(counts["flip"] / answered, 4) if answered else None,
+    }
 
 
 def label_facts(pairs: Sequence[SampledPair], verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ LINGER_MINUTES = 60  # after the run has ended, for a caller that was away
 BOOT_MINUTES = 3  # from the start of the bill to the first-boot script that counts the cap; assumed, not measured
 LOOPBACK = ("localhost", "::1", "0.0.0.0")
 SCRIPTS = ("install.sh", "run.sh", "notice.sh", "poll.sh", "suasion-run.service", "suasion-notice.service")
+MOVED = (*FILE_KEYS, "base", "template")  # keys of the recipe whose values may be files or folders of the caller
 SOURCE = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "scripts/setup_env.sh")
 
 
@@ -68,14 +69,14 @@ def moved_inputs(recipe: Recipe, remote_folder: str) -> tuple[str, list[Upload]]
 
     def walk(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: walk(item, name) for name, item in value.items()}
+            # A model on a server is a name there, whatever it looks like; one that is read in the run's own process is a folder.
+            local = value.get("provider") == "local"
+            return {name: walk(item, "base" if name == "model" and local else name) for name, item in value.items()}
         if isinstance(value, list):
             return [walk(item, key) for item in value]
-        return moved(value) if isinstance(value, str) and key in (*FILE_KEYS, "template") and value.startswith("/") else value
+        return moved(value) if isinstance(value, str) and key in MOVED and value.startswith("/") else value
 
     data = walk(recipe.model_dump(mode="json"))
-    if data["model"]["base"].startswith("/"):
-        data["model"]["base"] = moved(data["model"]["base"])
     return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True)), uploads
 
 

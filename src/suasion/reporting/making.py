@@ -16,12 +16,13 @@ from suasion.labeling.annotator import SOURCE
 from suasion.pools import EVAL_PERSUADING, EVAL_SHARED
 from suasion.recipe import Recipe
 from suasion.reporting.table import Column, Table, flat
-from suasion.sections.grading import learns_from
+from suasion.sections.grading import LlmGrader, learns_from
 from suasion.sections.training import DpoArm
 
 MISSING: Any = object()  # None is a fact of its own: a rate of nothing
 NOT_RECORDED = "not recorded"
 RECORDED = ("counts", "labels", "preference_facts", "grader")  # the tables of `recorded`
+FLIPS = {"drop": "no label", "tie": "a tie", "soft": "what the mean probability says"}
 LEFT_OUT_OTHERWISE = ("none", "identical", "unlabelled")
 
 
@@ -33,6 +34,7 @@ def making(corpus_counts: Any, facts: dict[str, Any], recipe: Recipe, names: dic
         _dropped(corpora),
         _pools(corpora, mapping(facts, "counts", "pools"), recipe),
         _sources(facts, recipe.human_labels.source.kind == "simulated"),
+        _orders(facts, recipe),
         _preferences(facts, recipe, names),
         _judge(mapping(facts, "grader")),
     )
@@ -299,6 +301,42 @@ def _sources(facts: dict[str, Any], simulated: bool) -> Table:
             Column("length", "Length predicts", "estimate"),
             Column("trained_on", "Grader trained on"),
             Column("accuracy", "Its accuracy", "estimate"),
+        ),
+        rows,
+        NOT_RECORDED,
+    )
+
+
+def _orders(facts: dict[str, Any], recipe: Recipe) -> Table:
+    """What graders that read one order at a time said in both; no rows where none was one."""
+    labels = mapping(facts, "labels", "ai")
+    by_pool = mapping(labels, "pools") or {"": labels}
+    known = [
+        ("labelling", recipe.ai_labels.grader, f"{pool} pool" if pool else MISSING, counts, "outcomes")
+        for pool, counts in by_pool.items()
+    ]
+    known.append(("evaluation", recipe.evaluate.grader, "the comparison of models", mapping(facts, "grader"), "orders"))
+    rows = []
+    for role, grader, on, counts, key in known:
+        found = {name: number(counts, key, name) for name in ("consistent", "flip", "tie", "none")}
+        if any(map(_known, found.values())):
+            flips = FLIPS[grader.flips] if isinstance(grader, LlmGrader) else MISSING
+            rows.append(_row(role=role, on=on, **found, first=number(counts, "first_shown_rate"), flips=flips))
+    return Table(
+        "orders",
+        "What graders said when the order was swapped",
+        "Each pair was shown in both orders. Consistent: both name the same text. Flip: they name different ones, so that position decided. "
+        "Tie: one or both call a tie. No verdict: an answer is missing. Shown first: share of decisive answers, over both orders, for the text "
+        "that was shown first; 50% is right.",
+        (
+            Column("role", "Grader"),
+            Column("on", "On"),
+            Column("consistent", "Consistent", "count"),
+            Column("flip", "Flips", "count"),
+            Column("tie", "Ties", "count"),
+            Column("none", "No verdict", "count"),
+            Column("first", "Shown first", "percent"),
+            Column("flips", "A flip becomes", "long"),
         ),
         rows,
         NOT_RECORDED,

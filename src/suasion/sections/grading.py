@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from suasion.sections.base import Section
+from suasion.sections.training import ModelSection, RewardSection
 
 
 class PairData(Section):
@@ -59,12 +61,25 @@ class NgramGrader(Section):
     tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")
 
 
+class RewardGrader(Section):
+    """A reward model: a language model with a scalar head, trained here on outcome pairs (training/reward.py)."""
+
+    kind: Literal["reward"]
+    train: PairData = Field(description="What it learns from; pairs longer than model.max_length are left out and counted.")
+    model: ModelSection = Field(ModelSection(), description="What it starts from, and how it computes.")
+    training: RewardSection = Field(RewardSection(), description="How it is trained.")
+    folds: int = Field(
+        5, ge=2, description="Folds in which its accuracy is measured before it judges: each is one more training."
+    )
+    tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")
+
+
 class LlmGrader(Section):
     """A language model that compares by a written rubric: behind a server, or in this process."""
 
     TRANSPORT: ClassVar[tuple[str, ...]] = (
         "base_url", "key_env", "timeout", "retries", "concurrency", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",
-        "max_cost",
+        "max_cost", "batch",
     )  # fmt: skip
 
     kind: Literal["llm"] = Field(description="A language model that is asked.")
@@ -114,6 +129,10 @@ class LlmGrader(Section):
     tokens_per_minute: float | None = Field(None, gt=0, description="Limit of the provider, both ways together.")
     price_in: float | None = Field(None, ge=0, description="US dollars a million tokens read.")
     price_out: float | None = Field(None, ge=0, description="US dollars a million tokens written.")
+    batch: bool = Field(
+        False,
+        description="Ask through the provider's batch interface: about half the price, answers within a day; the prices are then a batch's.",
+    )
     max_cost: float | None = Field(None, gt=0, description="Hard cap in US dollars; asking stops before it would be exceeded.")
 
     @model_validator(mode="after")
@@ -122,6 +141,8 @@ class LlmGrader(Section):
             raise ValueError("price_in and price_out belong together")
         if self.max_cost is not None and self.price_in is None:
             raise ValueError("max_cost needs price_in and price_out: without prices nothing can be capped")
+        if self.batch and self.provider == "local":
+            raise ValueError("batch asks a provider; a model in this process has no batch interface")
         if self.mode == "ranking" and (self.provider == "local" or self.orders != "both" or self.probability == "tokens"):
             raise ValueError("mode ranking needs a server, orders: both and probability: stated")
         if self.provider == "anthropic" and self.probability == "tokens":
@@ -133,7 +154,7 @@ class LlmGrader(Section):
         return self
 
 
-Member = Annotated[EmbeddingGrader | NgramGrader | LlmGrader, Field(discriminator="kind")]
+Member = Annotated[EmbeddingGrader | NgramGrader | RewardGrader | LlmGrader, Field(discriminator="kind")]
 
 
 class PanelGrader(Section):
@@ -145,10 +166,10 @@ class PanelGrader(Section):
     tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")
 
 
-AnyGrader = EmbeddingGrader | NgramGrader | LlmGrader | PanelGrader
-Trained = EmbeddingGrader | NgramGrader
+TrainedGrader = EmbeddingGrader | NgramGrader | RewardGrader
+AnyGrader = TrainedGrader | LlmGrader | PanelGrader
 Grader = Annotated[AnyGrader, Field(discriminator="kind")]
-KINDS = ("embedding", "ngram", "llm", "panel")
+KINDS = ("embedding", "ngram", "reward", "llm", "panel")
 
 
 def learns_from(grader: AnyGrader) -> PairData | None:
@@ -160,6 +181,32 @@ def read_pairs_of(grader: AnyGrader) -> tuple[PairData, ...]:
     """All pairs that a grader reads, to learn from or to be measured on."""
     data = grader.measure if isinstance(grader, LlmGrader) else grader.train
     return () if data is None else (data,)
+
+
+def models_of(grader: AnyGrader) -> tuple[ModelSection, ...]:
+    """The language models that a grader reads in this process: what it says depends on their weights."""
+    if isinstance(grader, PanelGrader):
+        return tuple(model for member in grader.members for model in models_of(member))
+    if isinstance(grader, RewardGrader):
+        return (grader.model,)
+    return (ModelSection(base=grader.model),) if isinstance(grader, LlmGrader) and grader.provider == "local" else ()
+
+
+def settings_of(grader: AnyGrader) -> dict[str, Any]:
+    """The settings of a grader that can change a judgement, as JSON: neither its data, nor how requests travel, nor folders of this machine."""
+    data: dict[str, Any] = grader.model_dump(mode="json", exclude={"kind", "train", "measure", "members", *LlmGrader.TRANSPORT})
+    if isinstance(grader, PanelGrader):
+        data["members"] = [{"kind": member.kind, **settings_of(member)} for member in grader.members]
+    elif isinstance(grader, RewardGrader):
+        data["model"]["base"] = without_folder(grader.model.base)
+    elif isinstance(grader, LlmGrader):
+        data |= {"model": without_folder(grader.model), "template": without_folder(grader.template)}
+    return data
+
+
+def without_folder(name: str) -> str:
+    """The name of a model or template; of one that lies in a folder of this machine its last part."""
+    return Path(name).name if name.startswith("/") else name
 
 
 def families(grader: AnyGrader) -> frozenset[str]:
