@@ -99,6 +99,18 @@ def test_baselines_are_what_they_are():
     assert found["longer"]["length_matched_n"] == 1
 
 
+def test_the_gain_over_longer_wins_is_paired_and_surer_than_two_accuracies():
+    """The grader is right wherever the longer text is, and on one pair in ten besides: each draw of groups favours it, or is even."""
+    pairs = [pair("one two three", f"x{i}", "b" if i % 4 == 0 else "a", f"g{i}") for i in range(80)]
+    right = {i for i in range(80) if i % 4 or i % 40 == 0}
+    judged = [Judgement(0.9, one.label) if i in right else Judgement(0.9, "a") for i, one in enumerate(pairs)]
+    gain = bench.over_longer(pairs, judged, 0)
+    assert (gain["value"], gain["n"]) == (0.025, 80)
+    assert 0 <= gain["low"] <= 0.025 <= gain["high"] < 0.1
+    judged[0] = Judgement(None, "none")
+    assert bench.over_longer(pairs, judged, 0)["n"] == 79
+
+
 def test_position_is_read_from_single_orders_where_a_grader_combines_two():
     orders = (Judgement(0.9, "a"), Judgement(0.1, "b"))  # both times the text shown first
     pairs = [pair("a1", "b1"), pair("a2", "b2")]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from suasion.errors import UserError
-from suasion.grading.base import BASELINES, Comparison, Grader, Judgement, Served, fit_bradley_terry
+from suasion.grading.base import BASELINES, LONGER_WINS, Comparison, Grader, Judgement, Served, fit_bradley_terry
 from suasion.grading.features import word_count
 from suasion.grading.labelled import LabelledPair
 from suasion.grading.measure import cluster_interval, fold_assignment
@@ -123,6 +123,14 @@ def summarise(pairs: Sequence[LabelledPair], taken: Taken, seed: int) -> dict[st
 def baselines(pairs: Sequence[LabelledPair], seed: int) -> dict[str, dict[str, Any]]:
     """The same numbers for every baseline, by its name."""
     return {baseline.kind: summarise(pairs, take(baseline, pairs), seed) for baseline in BASELINES}
+
+
+def over_longer(pairs: Sequence[LabelledPair], judged: Sequence[Judgement], seed: int) -> dict[str, Any]:
+    """{value, low, high, n}: accuracy less that of "longer wins" on the same pairs. The interval is of the difference itself: two intervals of
+    accuracies on the same pairs may overlap although every draw of groups favours one side.
+    """
+    longer = points(pairs, LONGER_WINS.grade([pair.item for pair in pairs]))
+    return _mean_with_interval(points(pairs, judged) - longer, [pair.group for pair in pairs], seed)
 
 
 def points(pairs: Sequence[LabelledPair], judged: Sequence[Judgement]) -> np.ndarray:

@@ -133,6 +133,12 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
         + (f"; {result['length_matched_n']} pairs matched in length" if result["length_matched_n"] else "")
         + (f"; cost ${result['cost']:.4f}" if result["cost"] else "")
     )
+    gain = result["over_longer"]
+    if gain["value"] is not None:
+        console.print(
+            f"over longer wins: {100 * gain['value']:+.1f} points ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}) on the same "
+            f"{gain['n']} pairs"
+        )
     if result["outcomes"]:
         console.print("both orders: " + ", ".join(f"{count} {name}" for name, count in result["outcomes"].items()))
 

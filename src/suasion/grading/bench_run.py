@@ -8,7 +8,7 @@ from typing import Any
 
 from suasion.errors import UserError
 from suasion.grading.base import Grader
-from suasion.grading.bench import Taken, agreement, baselines, cross_taken, length_slope, summarise, take
+from suasion.grading.bench import Taken, agreement, baselines, cross_taken, length_slope, over_longer, summarise, take
 from suasion.grading.build import build_grader
 from suasion.grading.labelled import LabelledPair, without
 from suasion.grading.pairs import TrainingPair, load_training_pairs
@@ -68,6 +68,7 @@ def run_bench(
         "length_slope_labels": length_slope(tested, [pair.label for pair in tested]),
         "training_seconds": round(training_seconds, 3),
         **summarise(tested, taken, seed),
+        "over_longer": over_longer(tested, taken.given, seed),
         "baselines": baselines(tested, seed),
         "agreement": agreement(tested, taken.given, seed),
     }, taken

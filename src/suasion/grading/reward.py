@@ -28,7 +28,7 @@ from suasion.models import base_hash, compute, load_tokenizer
 from suasion.progress import console, progress
 from suasion.records import Turn, canonical_json, content_id, read_json
 from suasion.rundir import CHECKPOINTS, cache_dir
-from suasion.sections.grading import RewardGrader, settings_of
+from suasion.sections.grading import RewardGrader
 from suasion.training.reward import RewardModel, train_reward
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ class RewardBradleyTerry(BradleyTerryGrader):
 
     def __init__(self, spec: RewardGrader, pairs: Sequence[TrainingPair], seed: int):
         self.model = trained_model(spec, pairs, seed)
-        settings = canonical_json(settings_of(spec))
-        super().__init__(spec.tie_margin, content_id("grader", settings, seed, pairs_hash(pairs), self.model.hash))
+        super().__init__(spec.tie_margin, content_id("grader", self.kind, spec.tie_margin, self.model.hash))
         self._known: dict[tuple[str, str], float] = {}
 
     def strengths(self, contexts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
