@@ -31,6 +31,7 @@ from suasion.reporting.publish import publish, shares_run, word_runs
 from suasion.reporting.stage import run_stage
 from suasion.reporting.terminal import print_summary
 from suasion.rundir import Input, StageContext
+from suasion.sections.grading import LlmGrader
 
 HOSTILE = "<script>alert('x')</script> | a pipe\n# and a heading {{ 7 * 7 }} & <b>bold</b>"
 COUNTS = {  # as the corpus stage writes it
@@ -431,8 +432,9 @@ def test_how_it_was_made_stands_in_compact_tables():
 
 
 def test_what_a_language_model_said_in_both_orders_stands_beside_the_labels():
-    llm = {"kind": "llm", "model": "judge", "base_url": "http://127.0.0.1:1/v1", "flips": "tie"}
-    recipe = make_recipe(ai_labels={"grader": llm})
+    llm = LlmGrader(kind="llm", model="judge", base_url="http://127.0.0.1:1/v1", flips="tie")
+    plain = make_recipe()
+    recipe = plain.model_copy(update={"ai_labels": plain.ai_labels.model_copy(update={"grader": llm})})
     orders = {"outcomes": {"consistent": 12, "flip": 5, "tie": 2, "none": 1}, "first_shown_rate": 0.72, "flip_rate": 0.26}
     labels = {
         **MADE["labels"]["ai"],
@@ -444,7 +446,8 @@ def test_what_a_language_model_said_in_both_orders_stands_beside_the_labels():
         ["labelling", "rlhf pool", "12", "5", "2", "1", "–", "a tie"],
     ]
     judged = {**MADE, "grader": {**MADE["grader"], **orders}}
-    judge = make_recipe(evaluate={"grader": {**llm, "flips": "drop"}})
+    dropping = llm.model_copy(update={"flips": "drop"})
+    judge = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"grader": dropping})})
     assert made(facts=judged, recipe=judge)["orders"] == [
         ["evaluation", "the comparison of models", "12", "5", "2", "1", "72%", "no label"]
     ]
