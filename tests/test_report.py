@@ -445,7 +445,8 @@ def test_what_a_language_model_said_in_both_orders_stands_beside_the_labels():
         ["labelling", "rlaif pool", "12", "5", "2", "1", "72%", "a tie"],
         ["labelling", "rlhf pool", "12", "5", "2", "1", "–", "a tie"],
     ]
-    judged = {**MADE, "grader": {**MADE["grader"], **orders}}
+    in_both = {"orders": orders["outcomes"], "flip_rate": 0.26, "flips": "drop", "first_shown_rate": 0.72}
+    judged = {**MADE, "grader": {**MADE["grader"], **in_both}}
     dropping = llm.model_copy(update={"flips": "drop"})
     judge = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"grader": dropping})})
     assert made(facts=judged, recipe=judge)["orders"] == [

@@ -64,7 +64,7 @@ class NgramGrader(Section):
 class RewardGrader(Section):
     """A reward model: a language model with a scalar head, trained here on outcome pairs (training/reward.py)."""
 
-    kind: Literal["reward"]
+    kind: Literal["reward"] = Field(description="A reward model.")
     train: PairData = Field(description="What it learns from; pairs longer than model.max_length are left out and counted.")
     model: ModelSection = Field(ModelSection(), description="What it starts from, and how it computes.")
     training: RewardSection = Field(RewardSection(), description="How it is trained.")
