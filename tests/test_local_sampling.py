@@ -135,7 +135,7 @@ def test_what_samples_is_what_was_trained(adapters, dtype, tiny, tmp_path):
         assert sampled.lm_head.weight.dtype == sampled.model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
         assert sampled.get_input_embeddings().weight.dtype == torch.float32
     else:
-        torch.testing.assert_close(trained, got, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(trained, got, atol=1e-4, rtol=1e-3)
         assert not any("lora" in name for name, _ in sampled.named_modules())
 
 

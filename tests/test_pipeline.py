@@ -182,11 +182,11 @@ def test_a_false_first_loss_is_found(copy, recipe):
 
     path = copy / "08-dpo-rlaif" / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    lines[0] = json.dumps({**json.loads(lines[0]), "loss": 0.6})
+    lines[0] = json.dumps({**json.loads(lines[0]), "loss": 0.3})
     path.write_text("\n".join(lines) + "\n")
     directory = directory_of(copy, recipe)
     manifests = {stage.name: directory.manifest(stage.name) for stage in stages(recipe)}
-    assert any("first loss 0.600000" in fault for fault in _losses(directory, recipe, manifests))
+    assert any("first loss 0.300000" in fault for fault in _losses(directory, recipe, manifests))
 
 
 def test_a_changed_recipe_is_refused_before_anything_is_touched(copy, recipe):

@@ -141,7 +141,7 @@ def test_the_table_is_valid_dated_and_can_be_replaced(tmp_path) -> None:
 def test_plan_on_other_machines() -> None:
     done = CliRunner().invoke(app, ["plan", str(RECIPES / "tiny.yaml"), "--on", "g5.xlarge"])
     assert done.exit_code == 0, done.output
-    assert done.output.startswith("g5.xlarge (1 x A10G, 24 GiB; host 16 GiB): ")
+    assert done.output.startswith("g5.xlarge (1 x A10G, 22.5 GiB; host 16 GiB): ")
     assert "sft" in done.output
     refused = CliRunner().invoke(app, ["plan", str(RECIPES / "tiny.yaml"), "--on", "g9.huge"])
     assert isinstance(refused.exception, UsageError)

@@ -79,7 +79,7 @@ case "$*" in
 esac"""
     for path, body in (
         (bin_ / "suasion", suasion),
-        (tools / "ssh", 'echo "ssh $*" >> LOG; case "$*" in *pwd) echo /home/them ;; esac'),
+        (tools / "ssh", 'echo "ssh $*" >> LOG; case "$*" in *pwd) echo /srv/them ;; esac'),
         (tools / "scp", 'echo "scp $*" >> LOG'),
         (tools / "curl", 'echo "curl $*" >> LOG; case "$*" in *unload*) exit 22 ;; esac'),
     ):
@@ -93,7 +93,7 @@ esac"""
     assert {line.split()[3] for line in said.splitlines() if line.startswith("suasion export")} == {"sft", "rlaif"}
     assert (
         said.count(
-            'load_lora_adapter -H Content-Type: application/json -d {"lora_name": "rlaif", "lora_path": "/home/them/served/rlaif"}'
+            'load_lora_adapter -H Content-Type: application/json -d {"lora_name": "rlaif", "lora_path": "/srv/them/served/rlaif"}'
         )
         == 4
     )

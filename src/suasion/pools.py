@@ -222,8 +222,8 @@ def unused(rows_in: int, components: Sequence[Component], pools: Pools) -> dict[
 def attainable(components: Sequence[Component], section: PoolsSection, seed: int) -> dict[str, int]:
     """Sizes that the corpus can fill, by the recipe's keys; the recipe's own sizes where they fit.
 
-    Where they do not, the pools that lack rows shrink in proportion and the others keep their sizes; if that does not suffice, all
-    shrink. An SFT pool of 'rest' is given with the examples that then remain, at least as many as the rlaif prompts. All zero where
+    Where they do not, the pool that lacks most shrinks and the others keep their sizes; if that does not suffice, all that lack rows
+    shrink in proportion, and then all. An SFT pool of 'rest' is given with the examples that then remain, at least as many as the rlaif prompts. All zero where
     not even one row per pool can be had.
     """
     wanted = {name: int(size) for name in SIZES if (size := getattr(section, name)) != "rest"}
@@ -237,8 +237,10 @@ def attainable(components: Sequence[Component], section: PoolsSection, seed: int
 
     if found := attempt(1.0, ()):
         return found
-    lacking = split(components, section, seed).lacking(section).keys() & wanted.keys()
-    for shrinking in (lacking, wanted.keys()):
+    missing = {
+        name: need - had for name, (need, had) in split(components, section, seed).lacking(section).items() if name in wanted
+    }
+    for shrinking in ({max(missing, key=missing.__getitem__)} if missing else set(), missing.keys(), wanted.keys()):
         low, high = 0.0, 1.0
         for _ in range(10):
             middle = (low + high) / 2
