@@ -123,7 +123,7 @@ class LocalLlmGrader:
 def verdict_reader(setup: dict[str, Any]) -> Reader:
     """Load the model; what comes back reads one batch of prompts (token ids): log p(A), log p(B) of each, at the prompt's end.
 
-    In fp32 whatever the hardware: in bf16 a logit of 16 moves in steps of .06, so that two letters often tie and what stands beside a
+    In fp32 whatever the hardware: in bf16 a logit of 16 moves in steps of .06, so that two letters can tie and what stands beside a
     prompt decides.
     """
     import torch
