@@ -16,7 +16,7 @@ plan: $(STAMP)
 	$(BIN)/suasion plan recipes/demo.yaml
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -182,3 +182,10 @@ def test_labels_that_are_not_there_yet(tmp_path: Path, monkeypatch: pytest.Monke
     plan = make_plan(with_labels(tmp_path / "labels.jsonl"), tmp_path, seconds=0)
     assert by_stage(plan.stages)["dpo-rlhf"].rows == 12
     assert "no human labels at" in plan.warnings[0]
+
+
+def test_data_that_a_grader_will_miss_is_said_before(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    recipe = load_recipe(TINY, (f"evaluate.grader.train={{kind: ukp, path: {nowhere}}}",))
+    plan = make_plan(recipe, tmp_path, seconds=0.5)
+    assert any(str(nowhere) in warning for warning in plan.warnings)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +220,7 @@ def run(
         blocked: frozenset[str] = frozenset()
         start = names.index(first) if first else 0
         stop = names.index(last) if last else len(names) - 1
-        _refuse_missing_data(recipe, names[start : stop + 1])
+        refuse_missing_data(recipe, names[start : stop + 1])
         with _announced(directory, recipe):
             for index, name in enumerate(names[: stop + 1]):
                 if name in blocked:
@@ -342,8 +342,8 @@ def _refuse_changed_recipe(directory: RunDir, recipe: Recipe, names: list[str]) 
                 raise refuse_stale(stage.name, changes)
 
 
-def _refuse_missing_data(recipe: Recipe, names: list[str]) -> None:
-    """Find data that only a late stage reads before hours go into the stages that do without it."""
+def refuse_missing_data(recipe: Recipe, names: Collection[str]) -> None:
+    """Find data that only a late stage reads before hours go into the stages that do without it. Raises UserError where it is missing."""
     from suasion.grading.pairs import require_pairs
 
     for name, section in (("ai-labels", recipe.ai_labels), ("evaluate", recipe.evaluate)):

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from suasion.errors import UserError
 from suasion.evaluation.power import detectable_win_rate
+from suasion.pipeline import refuse_missing_data, stages
 from suasion.progress import duration
 from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, RowFile
@@ -131,6 +132,10 @@ def make_plan(recipe: Recipe, runs: Path, seconds: float = 20.0) -> Plan:
     )
     if (labels := imported_labels(recipe)) and corpus.imported is None:
         plan.warnings.append(f"no human labels at {labels.path} yet: planned as if there were one for each of the rlhf prompts.")
+    try:
+        refuse_missing_data(recipe, [stage.name for stage in stages(recipe)])
+    except UserError as error:
+        plan.warnings.append(str(error))
     plan.warnings += warnings(recipe, plan)
     return plan
 

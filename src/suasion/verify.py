@@ -2,7 +2,7 @@
 
 Bytes first: every artefact is hashed again, nothing is missing and nothing is there that no manifest knows. Then meaning, from
 the rows themselves and not from what stages claimed: counts, disjoint pools and grader pairs, the evaluation seal, lineages, and
-the first loss of every arm.
+the first loss of every arm that starts from its reference (of the others training itself checks each pair).
 """
 
 from __future__ import annotations
