@@ -508,8 +508,11 @@ def test_wrong_recipes_are_refused(sample, message):
 
 
 def test_tolerance_of_stored_logprobs_follows_the_engine():
-    assert logprob_tolerance("float32", SampleSection()) == 1e-3
-    assert logprob_tolerance("float32", settings_for("http://a/v1", parity_tolerance=0.2)) == 0.2
+    assert logprob_tolerance(100, "float32", SampleSection()) == pytest.approx(0.1)
+    assert logprob_tolerance(100, "float32", settings_for("http://a/v1", parity_tolerance=0.2)) == pytest.approx(20)
+    few, many = (logprob_tolerance(tokens, "bfloat16", SampleSection()) for tokens in (6, 100))
+    assert few == pytest.approx(5 * 0.04 * 6**0.5)  # six tokens: .32 nats were measured where .3 would be .05 a token
+    assert many == pytest.approx(5)
 
 
 def test_a_failing_disk_is_not_dressed_up_as_a_server_fault(start, tiny, renderer):

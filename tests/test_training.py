@@ -24,6 +24,11 @@ from suasion.training.sft import IGNORED, PackedSftTrainer, training_rows
 from suasion.training.steps import EpochOrder, plan_micro_batches
 
 
+def a_thousandth(tokens: int) -> float:
+    """Allowed difference of a log-probability, in nats."""
+    return 1e-3 * tokens
+
+
 def example(number: int, reply: str | None) -> Example:
     turns = (Turn(role="user", text=f"Opinion number {number}. " + "It is so. " * number),)
     return Example(id=f"e{number}", corpus="c", conversation_id=f"c{number}", author="a", turns=turns, reply=reply, outcome=1.0)
@@ -196,13 +201,13 @@ def preference(chosen, rejected) -> Preference:
 
 def test_a_stored_logprob_that_the_reference_does_not_give_is_refused():
     pair = preference(response((5, 6), -4.0), response((7,), -2.0))
-    assert check_stored_logprobs([pair], {"q": Logprobs(-4.0, -2.0, 0, 0)}, "L", 1e-3, "arm") == 2
+    assert check_stored_logprobs([pair], {"q": Logprobs(-4.0, -2.0, 0, 0)}, "L", a_thousandth, "arm") == 2
     second_stage = pair.model_copy(update={"on_policy": False})
-    assert check_stored_logprobs([second_stage], {"q": Logprobs(-9.0, -2.0, 0, 0)}, "another model", 1e-3, "arm") == 0
+    assert check_stored_logprobs([second_stage], {"q": Logprobs(-9.0, -2.0, 0, 0)}, "another model", a_thousandth, "arm") == 0
     with pytest.raises(UserError, match="sampled from model L"):
-        check_stored_logprobs([pair], {"q": Logprobs(-4.0, -2.0, 0, 0)}, "another model", 1e-3, "arm")
+        check_stored_logprobs([pair], {"q": Logprobs(-4.0, -2.0, 0, 0)}, "another model", a_thousandth, "arm")
     with pytest.raises(UserError, match="--redo sample"):
-        check_stored_logprobs([pair], {"q": Logprobs(-4.1, -2.0, 0, 0)}, "L", 1e-3, "arm")
+        check_stored_logprobs([pair], {"q": Logprobs(-4.1, -2.0, 0, 0)}, "L", a_thousandth, "arm")
 
 
 def test_sampled_ids_are_trained_as_sampled_and_texts_are_closed(renderer):
@@ -279,10 +284,10 @@ def test_a_prompt_rendered_otherwise_than_in_sampling_is_refused(tiny, renderer,
     for scoring, compared in ((renderer, 2), (Renderer(renderer.tokenizer, "Persuade at any price. " * 5), None)):
         known = reference_logprobs(model, [pair_ids(row, scoring)], CPU, tmp_path / "r.jsonl")
         if compared:
-            assert check_stored_logprobs([row], known, lineage, 1e-3, "arm") == compared
+            assert check_stored_logprobs([row], known, lineage, a_thousandth, "arm") == compared
         else:
             with pytest.raises(UserError, match="Prompt, template or weights differ from sampling"):
-                check_stored_logprobs([row], known, lineage, 1e-3, "arm")
+                check_stored_logprobs([row], known, lineage, a_thousandth, "arm")
 
 
 def test_sft_rows_train_the_reply_and_nothing_else(renderer):

@@ -231,7 +231,6 @@ def _losses(directory: RunDir, recipe: Recipe, manifests: dict[str, Manifest]) -
             for side, response in (("chosen", row.chosen), ("rejected", row.rejected)):
                 if not row.on_policy or row.id not in reference or response.logprob is None or not response.tokens:
                     continue
-                if abs(reference[row.id][side] - response.logprob) > logprob_tolerance(manifest.dtype, recipe.sample) * len(
-                    response.tokens
-                ):
+                allowed = logprob_tolerance(len(response.tokens), manifest.dtype, recipe.sample)
+                if abs(reference[row.id][side] - response.logprob) > allowed:
                     yield f"dpo {arm.name}: the reference's log-prob of response {response.id} is not the one stored when it was sampled"

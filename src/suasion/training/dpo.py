@@ -18,6 +18,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,8 +148,8 @@ def run_stage(stage: StageContext) -> StageResult:
         else shared_logprobs(policy, fitting, hardware, stage.folder / "start.jsonl", cache_file(start.hash, hardware))
     )
     fitting = [with_reference(pair, reference[pair.id], started[pair.id], arm) for pair in fitting]
-    tolerance = logprob_tolerance(hardware.dtype, recipe.sample)
-    checked = check_stored_logprobs(preferences, started, start.hash, tolerance, arm.name)
+    allowed = partial(logprob_tolerance, dtype=hardware.dtype, sampling=recipe.sample)
+    checked = check_stored_logprobs(preferences, started, start.hash, allowed, arm.name)
     unknown = sum(side.logprob is None for row in preferences if row.on_policy for side in (row.chosen, row.rejected))
     if unknown:
         console.print(

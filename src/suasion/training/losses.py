@@ -20,10 +20,14 @@ SIGMAS = 5
 LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token, stored while sampling against the reference pass
 
 
-def logprob_tolerance(dtype: str, sampling: SampleSection) -> float:
-    """Nats a token by which a stored log-probability may differ from a later pass; servers compute in types of their own."""
+def logprob_tolerance(tokens: int, dtype: str, sampling: SampleSection) -> float:
+    """Nats by which the stored log-probability of a response may differ from a later pass; servers compute in types of their own.
+
+    Per token for long responses. Of a few tokens the mean is no quieter than one of them: there it is what rounding may do.
+    """
     own = LOGPROB_TOLERANCE[dtype]
-    return max(own, sampling.engine.parity_tolerance) if isinstance(sampling.engine, EndpointEngine) else own
+    a_token = max(own, sampling.engine.parity_tolerance) if isinstance(sampling.engine, EndpointEngine) else own
+    return max(a_token * tokens, float(logprob_rounding(torch.tensor(float(tokens)), dtype)))
 
 
 def logprob_rounding(lengths: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,11 @@ def _read_cache(path: Path | None) -> dict[str, Logprobs]:
 
 
 def check_stored_logprobs(
-    preferences: Sequence[Preference], reference: dict[str, Logprobs], lineage: str, tolerance: float, arm: str
+    preferences: Sequence[Preference], reference: dict[str, Logprobs], lineage: str, allowed: Callable[[int], float], arm: str
 ) -> int:
     """Compare the start model's log-prob of every response with the one stored when it was sampled. Returns how many were compared.
+
+    allowed: tokens of a response -> nats by which both may differ.
 
     Only responses that this model itself wrote can be compared; for a second-stage arm (rlaif-rlhf) there are none. Raises UserError
     where a log-prob differs, or where a response that counts as the start model's own was written by another model.
@@ -126,7 +128,7 @@ def check_stored_logprobs(
             if response.logprob is None or not response.tokens or preference.id not in reference:
                 continue
             now = reference[preference.id].sums()[side]
-            if abs(response.logprob - now) / len(response.tokens) > tolerance:
+            if abs(response.logprob - now) > allowed(len(response.tokens)):
                 raise UserError(
                     f"dpo {arm}: response {response.id} had log-probability {response.logprob:.3f} when it was sampled, the reference gives "
                     f"{now:.3f}. Prompt, template or weights differ from sampling: run again with --redo sample."
