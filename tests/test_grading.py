@@ -19,7 +19,7 @@ from suasion.evaluation.stage import judge_agreement
 from suasion.grading import base, build, canaries, embedding, features, measure, pairs, stage
 from suasion.grading.base import BASELINES, COIN, FIRST_POSITION, LONGER_WINS, BradleyTerryGrader, Comparison, Judgement
 from suasion.grading.files import load_grader
-from suasion.grading.pairs import TrainingPair
+from suasion.grading.pairs import TrainingPair, sampled_pairs
 from suasion.labeling import annotator
 from suasion.pipeline import recipe_slice
 from suasion.preferences import settle
@@ -593,7 +593,7 @@ def test_agreement_with_the_judge_has_intervals_and_tells_people_from_simulated_
     files = [*AI_FILES[:4], ("human-labels", "verdicts.jsonl")]
     for source, people in (({"kind": "simulated"}, False), ({"kind": "page"}, True)):
         context = stage_context(tmp_path, "evaluate", make_recipe(human_labels={"source": source}), files)
-        (row,) = judge_agreement(context, FIRST_POSITION)
+        (row,) = judge_agreement(context, FIRST_POSITION, sampled_pairs(context))
         right = sum(verdict.label == "a" for verdict in said)
         decisive = sum(verdict.label in "ab" for verdict in said)
         assert (row["n"], row["people"]) == (decisive, people) == (18, people)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from suasion.errors import UserError
-from suasion.grading.pairs import SampledPair, read_sampled_pairs
+from suasion.grading.pairs import SampledPair, sampled_pairs
 from suasion.labeling.agreement import Labelled, compare
 from suasion.labeling.events import ADJUDICATOR
 from suasion.labeling.stage import chose_first
@@ -32,11 +32,7 @@ Settled = Literal["a", "b", "tie", "none", "conflict", "flip"]
 def run_stage(stage: StageContext) -> StageResult:
     """See the module's docstring."""
     recipe = stage.recipe
-    pairs = read_sampled_pairs(
-        stage.input("sample", "pairs.jsonl"),
-        stage.input("sample", "responses.jsonl"),
-        [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
-    )
+    pairs = sampled_pairs(stage)
     ai = list(read_rows(stage.input("ai-labels", "verdicts.jsonl"), Verdict))
     human: list[Verdict] | None = None
     imported: list[Preference] | None = None

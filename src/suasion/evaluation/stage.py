@@ -22,7 +22,7 @@ from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise, with_peop
 from suasion.grading.base import Comparison, Judgement, source_name
 from suasion.grading.build import announce, build_grader, measure
 from suasion.grading.canaries import failing, require_canaries
-from suasion.grading.pairs import SampledPair, read_sampled_pairs
+from suasion.grading.pairs import SampledPair, sampled_pairs
 from suasion.grading.stage import asked_as_canaries, both_orders, canary_count, measured_line, training_of
 from suasion.labeling.agreement import Labelled, compare
 from suasion.labeling.final import Heard, agreement_row, hear, read_said
@@ -81,7 +81,8 @@ def run_stage(stage: StageContext) -> StageResult:
         for first, second in combinations(texts, 2):
             asked.append((prompt.id, prompt.conversation_id, first, second))
             items.append(Comparison(context, texts[first] or "", texts[second] or ""))
-    ours = [pair.comparison() for pair in sampled_pairs(stage)]
+    pairs = sampled_pairs(stage)
+    ours = [pair.comparison() for pair in pairs]
     announce(grader, spec, training, recipe.seed, [*asked_as_canaries(spec, items), *items, *ours])
     measured = measure(spec, training, recipe.seed, grader, scope)
     console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
@@ -94,7 +95,7 @@ def run_stage(stage: StageContext) -> StageResult:
         for (prompt_id, conversation, first, second), judged in zip(asked, judged_items, strict=True)
     ]  # fmt: skip
 
-    agreement = judge_agreement(stage, grader)
+    agreement = judge_agreement(stage, grader, pairs)
     facts = {
         "grader": {
             "name": title(spec),
@@ -213,23 +214,13 @@ def arm_facts(trained: dict[str, Any], own: dict[str, Response], sft: dict[str, 
     }
 
 
-def sampled_pairs(stage: StageContext) -> list[SampledPair]:
-    """The run's own pairs, of both pools."""
-    return read_sampled_pairs(
-        stage.input("sample", "pairs.jsonl"),
-        stage.input("sample", "responses.jsonl"),
-        [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
-    )
-
-
-def judge_agreement(stage: StageContext, grader: Any) -> list[dict[str, Any]]:
+def judge_agreement(stage: StageContext, grader: Any, pairs: Sequence[SampledPair]) -> list[dict[str, Any]]:
     """How often each label source agrees with the evaluation grader on the same pairs, with 95% intervals by prompt.
 
     agree leaves ties on either side out; balanced: agreement where people took the first and where they took the second position,
     averaged. people: the labels are real people's. The arm whose labels resemble the judge's has an advantage, and a win rate is a claim
     about people only where they agree with the judge beyond chance: the report shows these numbers beside the result.
     """
-    pairs = sampled_pairs(stage)
     judged = {
         pair.pair.id: one.label for pair, one in zip(pairs, grader.grade([pair.comparison() for pair in pairs]), strict=True)
     }

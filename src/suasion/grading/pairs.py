@@ -17,6 +17,7 @@ from suasion.chat import as_text
 from suasion.errors import UserError
 from suasion.grading.base import Comparison
 from suasion.records import OutcomePair, Pair, Prompt, Response, read_rows, sha256_file
+from suasion.rundir import StageContext
 from suasion.sections import grading as sections
 
 UKP_FILES = 32
@@ -176,6 +177,15 @@ def join_pairs(pairs: Iterable[Pair], prompts: Iterable[Prompt], responses: Iter
             raise UserError(f"pair {pair.id} names a prompt or a response that is not in the run. Run again with --redo sample.")
         joined.append(SampledPair(pair, prompt, a, b))
     return joined
+
+
+def sampled_pairs(stage: StageContext) -> list[SampledPair]:
+    """The run's own pairs, of both pools, among a stage's inputs."""
+    return read_sampled_pairs(
+        stage.input("sample", "pairs.jsonl"),
+        stage.input("sample", "responses.jsonl"),
+        [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
+    )
 
 
 def read_sampled_pairs(pairs: Path, responses: Path, pools: Sequence[Path]) -> list[SampledPair]:

@@ -17,7 +17,7 @@ from suasion.grading.bench import outcomes
 from suasion.grading.build import announce, build_grader, measure, neutralise_length
 from suasion.grading.canaries import COMPARISONS, canary_comparisons, failing, require_canaries
 from suasion.grading.measure import Measurement
-from suasion.grading.pairs import SampledPair, TrainingPair, load_training_pairs, read_sampled_pairs
+from suasion.grading.pairs import SampledPair, TrainingPair, load_training_pairs, sampled_pairs
 from suasion.progress import console
 from suasion.records import Verdict, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
@@ -41,11 +41,7 @@ def run_stage(stage: StageContext) -> StageResult:
     section, seed = stage.recipe.ai_labels, stage.recipe.seed
     spec, scope = section.grader, f"{stage.recipe.name} {stage.stage}"
     training = training_of(stage)
-    pairs = read_sampled_pairs(
-        stage.input("sample", "pairs.jsonl"),
-        stage.input("sample", "responses.jsonl"),
-        [stage.input("pools", "rlaif.jsonl"), stage.input("pools", "rlhf.jsonl")],
-    )
+    pairs = sampled_pairs(stage)
     grader = build_grader(spec, training, seed, scope, stage.recipe.processes.count)
     items = [pair.comparison() for pair in pairs]
     announce(grader, spec, training, seed, [*asked_as_canaries(spec, items), *items])
