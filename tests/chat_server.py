@@ -40,6 +40,7 @@ class Served:
     most_active: int = 0
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    die: Callable[[], None] = lambda: None  # from now on nobody answers there
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,8 +109,13 @@ def serving(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Served]:
     served.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
+
+    def die() -> None:
+        server.shutdown()
+        server.server_close()
+
+    served.die = die
     try:
         yield served
     finally:
-        server.shutdown()
-        server.server_close()
+        die()

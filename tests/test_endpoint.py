@@ -15,11 +15,11 @@ from suasion.models import Compute, Lineage, load_merged
 from suasion.pipeline import recipe_slice
 from suasion.recipe import validate_recipe
 from suasion.records import Prompt, Turn
-from suasion.sampling import endpoint
 from suasion.sampling.draws import Draw
-from suasion.sampling.endpoint import EndpointSampler, Fault, read_answer, request_body, retry_after
+from suasion.sampling.endpoint import EndpointSampler, read_answer, request_body
 from suasion.sampling.respond import Journal, respond
 from suasion.sections.sampling import EndpointEngine, SampleSection
+from suasion.servers import Fault, retry_after
 from suasion.training.losses import logprob_tolerance
 
 CPU = Compute("cpu", "float32", 2)
@@ -126,7 +126,7 @@ def plain(body):
 
 @pytest.fixture
 def start(monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("suasion.servers.PAUSE_SECONDS", 0.01)
     servers = []
 
     def make(*args, **kwargs):

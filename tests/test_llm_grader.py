@@ -39,7 +39,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SUASION_CACHE", str(tmp_path / "cache"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("suasion.grading.runner.PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("suasion.servers.PAUSE_SECONDS", 0.001)
 
 
 def verdict(side: str, confidence: float = 0.9, reasons: str = "because") -> str:
@@ -331,10 +331,10 @@ def test_wrong_keys_stop_at_once_and_settings_that_a_server_does_not_know_soon()
         assert sum(one.label == "none" for one in judged) == 1
 
 
-def test_no_server_at_all_is_missing_data_with_its_reason():
-    judged = grader_for("http://127.0.0.1:9/v1", orders="given", retries=1).grade(items(1))[0]
-    assert judged.label == "none"
-    assert "connection failed" in judged.reason
+def test_a_server_that_is_not_there_stops_the_run_and_labels_nothing_as_missing():
+    """It says nothing of what was to be judged, and the next run can ask it."""
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1 cannot be reached \(2 tries; last: the connection failed"):
+        grader_for("http://127.0.0.1:9/v1", orders="given", retries=1).grade(items(1))
 
 
 def test_concurrency_is_bounded():
@@ -402,7 +402,7 @@ def test_requests_that_never_arrived_cost_nothing_and_those_without_end_cost_the
     assert ledger.reserve("k3", 2.0, 5.0) is None
     ledger.release(one)
     assert ledger.spent() == 2.0
-    ledger.settle(two, "k2", Answer("x", "stop", cost=0.5, alternatives=(((("y", -1.0)),),), tokens=("x",)))
+    ledger.settle(two, ["k2"], Answer("x", "stop", cost=0.5, alternatives=(((("y", -1.0)),),), tokens=("x",)))
     assert ledger.spent() == 0.5
     assert ledger.answer("k2").alternatives == ((("y", -1.0),),)
     ledger.reserve("k3", 4.0, 5.0)
@@ -516,11 +516,9 @@ def test_anthropic_speaks_its_own_interface(monkeypatch):
 
 def test_terms_are_told_for_hosted_models_only():
     hosted = LlmGrader(kind="llm", model="m")
-    assert "openai.com" in providers.terms_line(hosted)
-    assert "terms" in providers.terms_line(spec_for("https://example.org/v1"))
-    assert (
-        providers.terms_line(spec_for("http://127.0.0.1:8000/v1")) == providers.terms_line(spec_for("http://localhost/v1")) == ""
-    )
+    assert "openai.com" in providers.terms_lines(hosted)[0]
+    assert providers.terms_lines(spec_for(["http://127.0.0.1:8000/v1", "http://localhost/v1"])) == []
+    assert len(providers.terms_lines(spec_for(["https://example.org/v1", "https://example.com/v1", "http://10.0.0.1/v1"]))) == 2
 
 
 # Canaries and panel

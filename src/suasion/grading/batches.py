@@ -18,6 +18,7 @@ from suasion.errors import UserError
 from suasion.grading.ledger import Answer, Missing
 from suasion.grading.providers import Came, Declined, Fault, Refused
 from suasion.progress import console, progress
+from suasion.servers import growing
 
 if TYPE_CHECKING:
     from suasion.grading.runner import Runner
@@ -34,7 +35,7 @@ async def ask_in_batches(runner: Runner, waiting: Mapping[str, Body], found: dic
 
     Raises UserError where the cap is reached, the server refuses, or a batch fails as a whole; what was answered is kept.
     """
-    provider, ledger = runner.provider, runner.ledger
+    provider, ledger = runner.provider, runner.ledger  # the only one: a batch lives on one server
     faults = dict.fromkeys(waiting, 0)
     try:
         with progress(what, len(waiting), "requests") as advance:
@@ -106,7 +107,7 @@ async def _collected(runner: Runner, batch: str, sent: Mapping[str, int], waitin
             faults += 1
             if faults > runner.spec.retries:
                 raise
-            await asyncio.sleep(max(error.wait, runner.pause(faults - 1)))
+            await asyncio.sleep(max(error.wait, growing(faults)))
             continue
         if told is not None:
             break
@@ -118,7 +119,7 @@ async def _collected(runner: Runner, batch: str, sent: Mapping[str, int], waitin
             # A request of another run's is not known here; providers of batches count tokens.
             cost = runner.paid(one, waiting[key]) if key in waiting else runner.price(one.tokens_in or 0, one.tokens_out or 0)
             came[key] = answer = replace(one, cost=cost)
-            runner.ledger.settle(sent[key], key, answer)
+            runner.ledger.settle(sent[key], [key], answer)
         elif not (isinstance(one, Fault) and one.charged):
             runner.ledger.release(sent[key])
     runner.ledger.close_batch(batch)

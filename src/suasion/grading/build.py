@@ -115,14 +115,14 @@ def _llm(spec: sections.LlmGrader, seed: int, scope: str, processes: int = 1) ->
         return LocalLlmGrader(spec, rubric, seed, processes)
     from suasion.grading.ledger import Ledger
     from suasion.grading.llm import ServedLlmGrader
-    from suasion.grading.providers import make_provider, terms_line
+    from suasion.grading.providers import make_providers, terms_lines
     from suasion.grading.runner import Runner
 
-    if line := terms_line(spec):
+    for line in terms_lines(spec):
         console.print(f"  {line}", markup=False, soft_wrap=True)
-    provider = make_provider(spec)
+    providers = make_providers(spec)
     ledger = Ledger(requests_file(), content_id("scope", scope, spec.model))
-    return ServedLlmGrader(spec, rubric, Runner(provider, spec, ledger, seed), provider.body, seed)
+    return ServedLlmGrader(spec, rubric, Runner(providers, spec, ledger, seed), providers[0].body, seed)
 
 
 def requests_file() -> Path:

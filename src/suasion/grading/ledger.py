@@ -13,7 +13,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,20 @@ class Ledger:
         """Let go of the file."""
         self._base.close()
 
-    def answer(self, key: str) -> Answer | None:
-        """The stored answer to a request, None where there is none."""
+    def answer(self, *keys: str) -> Answer | None:
+        """The stored answer to a request that goes by these keys (one for each server that could answer it), None where there is none."""
+        for key in keys:
+            if (found := self._stored(key)) is not None:
+                return Answer.from_json(found)
+        return None
+
+    def _stored(self, key: str) -> str | None:
+        """The JSON under a key; of a key that only names another one, what stands there."""
         with self._lock:
             row = self._base.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Answer.from_json(row[0])
+        if row is None or row[0].startswith("{"):
+            return None if row is None else str(row[0])
+        return self._stored(json.loads(row[0]))
 
     def spent(self) -> float:
         """US dollars of this scope: what was paid, and for requests whose end nobody knows the most that they can have cost."""
@@ -128,11 +137,16 @@ class Ledger:
         assert cursor.lastrowid is not None  # an INSERT into a table with a rowid gives one
         return cursor.lastrowid
 
-    def settle(self, sent: int, key: str, answer: Answer) -> None:
-        """The answer is there: store it and put its real price on the bill, both or neither."""
+    def settle(self, sent: int, keys: Sequence[str], answer: Answer) -> None:
+        """The answer is there: store it and put its real price on the bill, both or neither.
+
+        It stands under the first key; the others, of servers of the same pool, name that one. So it is found again whichever of them are left.
+        """
+        first, *others = keys
+        rows = [(first, answer.to_json(), time.time()), *((key, json.dumps(first), time.time()) for key in others)]
         with self._lock:
             self._base.execute("BEGIN IMMEDIATE")
-            self._base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, answer.to_json(), time.time()))
+            self._base.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
             self._base.execute("UPDATE sent SET paid = ? WHERE id = ?", (answer.cost, sent))
             self._base.execute("COMMIT")
 

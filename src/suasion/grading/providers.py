@@ -20,8 +20,9 @@ from typing import Any, Protocol
 from suasion.errors import UserError
 from suasion.grading.ledger import Answer
 from suasion.records import canonical_json
-from suasion.sampling.endpoint import retry_after
 from suasion.sections.grading import LlmGrader
+from suasion.servers import CONNECT_SECONDS, OVERLOADED, retry_after
+from suasion.servers import Fault as ServerFault
 
 Message = dict[str, str]  # {role: user | assistant, content}; the system text is passed apart
 
@@ -45,12 +46,12 @@ TERMS = {
 }
 
 
-class Fault(Exception):
-    """One request came to nothing; another try may help. charged: it may be on the bill all the same. wait: seconds asked for."""
+class Fault(ServerFault):
+    """One request came to nothing; another try may help. charged: it may be on the bill all the same. unreachable: nobody got it."""
 
-    def __init__(self, what: str, charged: bool = False, wait: float = 0.0):
-        super().__init__(what)
-        self.charged, self.wait = charged, wait
+    def __init__(self, what: str, charged: bool = False, wait: float = 0.0, server: bool = False, unreachable: bool = False):
+        super().__init__(what, server, wait)
+        self.charged, self.unreachable = charged, unreachable
 
 
 class Declined(Exception):
@@ -61,15 +62,15 @@ Came = Answer | Fault | Declined  # what becomes of one request
 
 
 class Refused(Exception):
-    """The server will answer none of these requests: key, address or model are wrong."""
+    """The server will answer none of these requests: key, address or model are wrong. where: which server, told by who asked it."""
 
     def __init__(self, what: str, status: int = 0):
         super().__init__(what)
-        self.status = status
+        self.status, self.where = status, ""
 
 
 class Provider(Protocol):
-    """One kind of server."""
+    """One kind of server, at one address."""
 
     address: str
 
@@ -97,23 +98,24 @@ class Provider(Protocol):
         ...
 
 
-def make_provider(spec: LlmGrader) -> Provider:
-    """The provider of a grader. Raises UserError where a key or a package is missing."""
-    return AnthropicProvider(spec) if spec.provider == "anthropic" else OpenAiProvider(spec)
+def make_providers(spec: LlmGrader) -> list[Provider]:
+    """The servers of a grader, one an address. Raises UserError where a key or a package is missing."""
+    kind = AnthropicProvider if spec.provider == "anthropic" else OpenAiProvider
+    return [kind(spec, address) for address in addresses_of(spec)]
 
 
-def address_of(spec: LlmGrader) -> str:
+def addresses_of(spec: LlmGrader) -> list[str]:
     """Where a grader's requests go."""
-    if spec.base_url is not None:
-        return spec.base_url.rstrip("/")
-    return ANTHROPIC_ADDRESS if spec.provider == "anthropic" else OPENAI_ADDRESS
+    own = ANTHROPIC_ADDRESS if spec.provider == "anthropic" else OPENAI_ADDRESS
+    return [address.rstrip("/") for address in spec.addresses] or [own]
 
 
-def terms_line(spec: LlmGrader) -> str:
-    """What to read before labelling with a hosted model; '' for a model in this process or on this machine's network."""
-    if spec.provider == "local":
-        return ""
-    address = address_of(spec)
+def terms_lines(spec: LlmGrader) -> list[str]:
+    """What to read before labelling with a hosted model; nothing for a model in this process or on this machine's network."""
+    return [] if spec.provider == "local" else [line for address in addresses_of(spec) if (line := _terms(address))]
+
+
+def _terms(address: str) -> str:
     for known, link in TERMS.items():
         if address.startswith(known):
             return (
@@ -129,20 +131,22 @@ def read_key(spec: LlmGrader) -> str:
     """The key from the environment, '' for a server that wants none. Raises UserError where the named variable is not set."""
     name = spec.key_env
     if name is None:
-        if spec.base_url is not None:
+        if spec.addresses:
             return ""
         name = "ANTHROPIC_API_KEY" if spec.provider == "anthropic" else "OPENAI_API_KEY"
     key = os.environ.get(name, "").strip()
     if not key:
-        raise UserError(f"the grader needs the key of {address_of(spec)} in {name}, which is not set. Export it and run again.")
+        raise UserError(
+            f"the grader needs the key of {addresses_of(spec)[0]} in {name}, which is not set. Export it and run again."
+        )
     return key
 
 
 class OpenAiProvider:
     """Chat completions, as OpenAI, vLLM, SGLang, Ollama, llama.cpp and `transformers serve` speak them."""
 
-    def __init__(self, spec: LlmGrader):
-        self.spec, self.address, self._key = spec, address_of(spec), read_key(spec)
+    def __init__(self, spec: LlmGrader, address: str):
+        self.spec, self.address, self._key = spec, address, read_key(spec)
         self._client: Any = None
 
     def body(self, system: str, messages: Sequence[Message], schema: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +215,7 @@ class OpenAiProvider:
 
         if self._client is None:
             self._client = openai.AsyncOpenAI(
-                api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=self.spec.timeout
+                api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=limits(self.spec)
             )
         async with faults_of(openai, seconds, self._blot):
             yield self._client
@@ -255,12 +259,24 @@ async def faults_of(sdk: Any, seconds: float, blot: Callable[[str], str]) -> Asy
     try:
         async with asyncio.timeout(seconds):
             yield
-    except (TimeoutError, sdk.APITimeoutError) as error:
-        raise Fault(f"no answer within {seconds:g} s", charged=True) from error
+    except TimeoutError as error:
+        raise Fault(f"no answer within {seconds:g} s", charged=True, server=True) from error
     except sdk.APIStatusError as error:
         raise status_error(error.status_code, error.response.text, error.response.headers, blot) from error
-    except sdk.APIConnectionError as error:
-        raise Fault(f"the connection failed ({blot(str(error.__cause__ or error))})", charged=was_sent(error)) from error
+    except sdk.APIConnectionError as error:  # and its child, APITimeoutError
+        sent = was_sent(error)
+        timed_out = sent and isinstance(error, sdk.APITimeoutError)
+        what = (
+            f"no answer within {seconds:g} s" if timed_out else f"the connection failed ({blot(str(error.__cause__ or error))})"
+        )
+        raise Fault(what, charged=sent, server=True, unreachable=not sent) from error
+
+
+def limits(spec: LlmGrader) -> Any:
+    """A request's time-outs, for the SDKs: a machine that is gone is noticed before its answer would be late."""
+    import httpx2
+
+    return httpx2.Timeout(spec.timeout, connect=min(CONNECT_SECONDS, spec.timeout))
 
 
 def parsed(text: str, blot: Callable[[str], str]) -> Any:
@@ -282,13 +298,13 @@ def read_or_fault(read: Callable[[str], Answer], body: Any) -> Answer | Fault:
 class AnthropicProvider:
     """Anthropic's messages; the answer's schema is enforced through output_config."""
 
-    def __init__(self, spec: LlmGrader):
+    def __init__(self, spec: LlmGrader, address: str):
         try:
             import anthropic
         except ImportError as error:
             raise UserError("provider anthropic needs its package: pip install 'suasion[anthropic]'") from error
         self._sdk = anthropic
-        self.spec, self.address, self._key = spec, address_of(spec), read_key(spec)
+        self.spec, self.address, self._key = spec, address, read_key(spec)
         self._client: Any = None
 
     def body(self, system: str, messages: Sequence[Message], schema: dict[str, Any]) -> dict[str, Any]:
@@ -335,7 +351,7 @@ class AnthropicProvider:
     async def _asking(self, seconds: float) -> AsyncIterator[Any]:
         if self._client is None:
             self._client = self._sdk.AsyncAnthropic(
-                api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=self.spec.timeout
+                api_key=self._key or "none", base_url=self.address, max_retries=0, timeout=limits(self.spec)
             )
         async with faults_of(self._sdk, seconds, self._blot):
             yield self._client
@@ -373,7 +389,7 @@ def status_error(status: int, text: str, headers: Any, blot: Any) -> Exception:
         return Refused(said, status)
     if status in DECLINED:
         return Declined(said)
-    return Fault(said, wait=retry_after(headers.get("retry-after"), time.time()))
+    return Fault(said, wait=retry_after(headers.get("retry-after"), time.time()), server=status in OVERLOADED)
 
 
 def was_sent(error: Exception) -> bool:

@@ -100,7 +100,7 @@ def needs_of(recipe: Recipe) -> Needs:
         for named in (recipe.ai_labels.grader, recipe.evaluate.grader)
         for grader in (named.members if isinstance(named, PanelGrader) else (named,))
     ]
-    addresses = [grader.base_url for grader in graders if isinstance(grader, LlmGrader) and grader.base_url]
+    addresses = [address for grader in graders if isinstance(grader, LlmGrader) for address in grader.addresses]
     variables = [_key_of(grader) for grader in graders]
     if isinstance(recipe.sample.engine, EndpointEngine):
         addresses += recipe.sample.engine.urls
@@ -121,7 +121,7 @@ def _key_of(grader: AnyGrader) -> str:
     if grader.key_env is not None:
         return grader.key_env
     default = "ANTHROPIC_API_KEY" if grader.provider == "anthropic" else "OPENAI_API_KEY"
-    return "" if grader.base_url is not None else default
+    return "" if grader.addresses else default
 
 
 def source_tree() -> list[Upload]:

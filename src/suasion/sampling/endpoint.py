@@ -12,97 +12,30 @@ have nothing to compare. `check` compares server and local model on a few prompt
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import httpx2
-import numpy as np
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
 from suasion.sections.sampling import EndpointEngine, SampleSection
 from suasion.seeding import generator
+from suasion.servers import CONNECT_SECONDS, OVERLOADED, Address, Fault, Pool, retry_after
 
-PAUSE_SECONDS = 0.5  # before the first repetition; doubles from fault to fault
-LONGEST_PAUSE_SECONDS = 60.0
-LONGEST_RETRY_AFTER_SECONDS = 600.0
 ANSWER_BYTES = 16_000_000  # an answer longer than this is not one
 TAKES_IDS = ("vllm", "sglang", "llama.cpp")  # as a prompt; the others take text only
 FINAL = (400, 401, 403, 404, 405, 413, 422)  # asking again does not help
 PARITY_TOKENS = 32
 
 
-class Fault(Exception):
-    """One request came to nothing. `server`: the whole address is suspect, not only this request."""
-
-    def __init__(self, what: str, server: bool = False, wait: float = 0.0):
-        super().__init__(what)
-        self.server, self.wait = server, wait
-
-
 class Refused(Exception):
     """A request that the server will never answer."""
-
-
-@dataclass
-class Address:
-    """One server of the pool."""
-
-    url: str
-    active: int = 0
-    faults: int = 0  # in a row
-    rest_until: float = 0.0
-
-
-@dataclass
-class Pool:
-    """Addresses that serve the same models: the least busy one that is not resting comes next."""
-
-    addresses: list[Address]
-    limit: int
-    rng: np.random.Generator
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def take(self, avoid: str = "") -> Address:
-        """Wait for an address with room; not for the one that failed this request last, as long as another is awake."""
-        while True:
-            now = time.monotonic()
-            awake = [address for address in self.addresses if address.rest_until <= now]
-            others = [address for address in awake if address.url != avoid] or awake
-            free = [address for address in others if address.active < self.limit]
-            if free:
-                address = min(free, key=lambda item: (item.active, item.faults))
-                address.active += 1
-                return address
-            rests = [address.rest_until - now for address in self.addresses if address.rest_until > now]
-            self.changed.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), min(rests) + 0.001 if rests else None)
-
-    def give_back(self, address: Address, fault: Fault | None) -> None:
-        """After a request; a suspect address rests, the longer the more often it failed in a row."""
-        address.active -= 1
-        now = time.monotonic()
-        if fault is None:
-            address.faults = 0
-        elif fault.server and address.rest_until <= now:  # many requests fail at once: one fault
-            address.faults += 1
-            address.rest_until = now + max(fault.wait, self.pause(address.faults))
-        elif fault.wait:
-            address.rest_until = max(address.rest_until, now + fault.wait)
-        self.changed.set()
-
-    def pause(self, faults: int) -> float:
-        """Seconds before the next try after so many faults: doubling, of which a random half is taken."""
-        return float(min(PAUSE_SECONDS * 2 ** (faults - 1), LONGEST_PAUSE_SECONDS) * self.rng.uniform(0.5, 1.0))
 
 
 class EndpointSampler:
@@ -152,7 +85,8 @@ class EndpointSampler:
                     delivered += 1
 
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.engine.concurrency * len(addresses))
-        async with httpx2.AsyncClient(headers=self.headers, timeout=self.engine.timeout, limits=limits) as client:
+        timeout = httpx2.Timeout(self.engine.timeout, connect=min(CONNECT_SECONDS, self.engine.timeout))
+        async with httpx2.AsyncClient(headers=self.headers, timeout=timeout, limits=limits) as client:
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(len(work), self.engine.concurrency * len(addresses))):
@@ -213,7 +147,7 @@ class EndpointSampler:
                         raise Fault(f"an answer of more than {ANSWER_BYTES / 1e6:.0f} MB")
         except TimeoutError as error:
             raise Fault(f"no answer within {self.engine.timeout:g} s", server=True) from error
-        except httpx2.ConnectError as error:
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise Fault(f"no connection ({error})", server=True) from error
         except httpx2.HTTPError as error:
             raise Fault(f"the connection broke off ({type(error).__name__}: {error})", server=True) from error
@@ -222,7 +156,7 @@ class EndpointSampler:
             if reply.status_code in FINAL:
                 raise Refused(f"{url} refuses a request ({said}).")
             wait = retry_after(reply.headers.get("retry-after"), time.time())
-            raise Fault(said, server=reply.status_code in (429, 503), wait=wait)
+            raise Fault(said, server=reply.status_code in OVERLOADED, wait=wait)
         try:
             answer = json.loads(raw)
         except ValueError as error:
@@ -391,20 +325,6 @@ def _logprobs(choice: dict[str, Any]) -> list[float] | None:
     ):
         return None
     return [float(value) for value in values]
-
-
-def retry_after(value: str | None, now: float) -> float:
-    """Seconds that a Retry-After header asks for (a number or an HTTP date), at most ten minutes; 0 where it says nothing usable."""
-    if not value:
-        return 0.0
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
-        except ValueError:
-            return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else 0.0
 
 
 def parity(model: Any, answers: Sequence[Drawn], renderer: Renderer) -> tuple[str, float]:

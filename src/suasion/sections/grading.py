@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from suasion.sections.base import Section
+from suasion.sections.base import Section, require_addresses
 from suasion.sections.training import ModelSection, RewardSection
 
 
@@ -90,8 +90,9 @@ class LlmGrader(Section):
     model: str = Field(
         description="Its name on the server; local: a base model as in model.base, e.g. bundled:smollm2-135m-instruct."
     )
-    base_url: str | None = Field(
-        None, pattern=r"^https?://", description="Address up to and with /v1; the provider's own if not said."
+    base_url: str | tuple[str, ...] | None = Field(
+        None,
+        description="Address up to and with /v1, or a list of them: servers of one model that share the work. The provider's own if not said.",
     )
     key_env: str | None = Field(
         None,
@@ -124,7 +125,7 @@ class LlmGrader(Section):
     measure_pairs: int = Field(60, ge=2, description="How many of them, drawn by the hash of their content.")
     timeout: float = Field(120.0, gt=0, description="Seconds for one answer.")
     retries: int = Field(6, ge=0, description="Further tries after a fault.")
-    concurrency: int = Field(8, ge=1, description="Requests at once.")
+    concurrency: int = Field(8, ge=1, description="Requests at once, for each address.")
     requests_per_minute: float | None = Field(None, gt=0, description="Limit of the provider.")
     tokens_per_minute: float | None = Field(None, gt=0, description="Limit of the provider, both ways together.")
     price_in: float | None = Field(None, ge=0, description="US dollars a million tokens read.")
@@ -135,8 +136,20 @@ class LlmGrader(Section):
     )
     max_cost: float | None = Field(None, gt=0, description="Hard cap in US dollars; asking stops before it would be exceeded.")
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses that the settings name; none where the provider's own is meant."""
+        if self.base_url is None:
+            return ()
+        return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+
     @model_validator(mode="after")
     def _fits(self) -> LlmGrader:
+        require_addresses(self.addresses, "base_url")
+        if self.base_url == ():
+            raise ValueError("base_url: the list is empty; leave it out for the provider's own address")
+        if self.batch and len(self.addresses) > 1:
+            raise ValueError("batch: a batch lives on one server; give one base_url")
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("price_in and price_out belong together")
         if self.max_cost is not None and self.price_in is None:

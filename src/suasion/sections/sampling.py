@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from suasion.sections.base import Section
+from suasion.sections.base import Section, require_addresses
 
 
 class LocalEngine(Section):
@@ -51,14 +50,7 @@ class EndpointEngine(Section):
 
     @model_validator(mode="after")
     def _addresses(self) -> EndpointEngine:
-        for url in self.urls:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"urls: {url!r} is no address; write it like http://127.0.0.1:8000/v1")
-            if parts.username or parts.password or parts.query:
-                raise ValueError("urls: an address holds no key; name the environment variable that does in key_env")
-        if len(set(self.urls)) < len(self.urls):
-            raise ValueError("urls: an address stands there twice")
+        require_addresses(self.urls, "urls")
         return self
 
 
