@@ -506,21 +506,19 @@ def command(*words: str, answer: str | None = None):
     return CliRunner().invoke(app, ["launch", *words], input=answer)
 
 
-def test_price_and_estimate_are_shown_and_a_no_makes_nothing(aws, tmp_path) -> None:
-    asked_for = (
-        str(TINY),
-        "--on",
-        "aws",
-        "--region",
-        "us-east-1",
-        "--types",
-        "g5.xlarge",
-        "--market",
-        "on-demand",
-        "--max-dollars",
-        "3",
-    )
-    done = command(*asked_for, "--address", "203.0.113.7", "--runs", str(tmp_path), answer="n\n")
+@pytest.fixture
+def start(aws, tmp_path):
+    """`suasion launch` of the tiny recipe from a known address into `tmp_path`, on the smallest machine where no others are named."""
+
+    def call(*words: str, types: str = "g5.xlarge", answer: str | None = None):
+        fixed = ("--on", "aws", "--region", "us-east-1", "--address", "203.0.113.7", "--runs", str(tmp_path))
+        return command(str(TINY), *fixed, *(("--types", types) if types else ()), *words, answer=answer)
+
+    return call
+
+
+def test_price_and_estimate_are_shown_and_a_no_makes_nothing(aws, start, tmp_path) -> None:
+    done = start("--market", "on-demand", "--max-dollars", "3", answer="n\n")
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
     assert "cheapest: g5.xlarge on-demand in us-east-1a at $1.0060 an hour (Pricing API)" in text
@@ -531,45 +529,49 @@ def test_price_and_estimate_are_shown_and_a_no_makes_nothing(aws, tmp_path) -> N
     assert not (tmp_path / "tiny").exists()
 
 
-def test_no_machine_is_taken_that_costs_much_more_than_what_was_agreed(aws, tmp_path, monkeypatch) -> None:
+def test_no_machine_is_taken_that_costs_much_more_than_what_was_agreed(aws, start, monkeypatch) -> None:
     """Where nothing cheap can be had, a machine of eight GPUs is no substitute, unless it was named."""
     seen = []
     aws.quotas[QUOTAS["p", "on-demand"]] = 384.0
     monkeypatch.setattr(flow, "run_once", lambda launch, offers, detach: seen.append(offers) or flow.Ended("finished", "0"))
-    rest = (
-        "--on",
-        "aws",
-        "--region",
-        "us-east-1",
-        "--market",
-        "on-demand",
-        "--address",
-        "203.0.113.7",
-        "--runs",
-        str(tmp_path),
-        "--yes",
-    )
-    done = command(str(TINY), *rest, "--max-hours", "0.2")
+    done = start("--market", "on-demand", "--yes", "--max-hours", "0.2", types="")
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
     assert "where that cannot be had, the next cheapest is taken, at most" in text
     assert "the caps end the machine before that" in text
     assert {offer.type for offer in seen[0]} == {"g6.xlarge", "g5.xlarge", "g5.2xlarge"}
-    assert command(str(TINY), *rest, "--types", "g5.xlarge,p5.48xlarge").exit_code == 0
+    assert start("--market", "on-demand", "--yes", types="g5.xlarge,p5.48xlarge").exit_code == 0
     assert {offer.type for offer in seen[1]} == {"g5.xlarge", "p5.48xlarge"}
 
 
-def test_what_the_machine_would_lack_is_said_before_it_is_rented(aws, tmp_path, monkeypatch) -> None:
+def test_a_machine_that_replaces_one_taken_back_costs_at_most_twice_what_was_agreed(aws, start, monkeypatch) -> None:
+    """The yes, or --yes, was to a price; a machine of eight GPUs instead of one would be another question."""
+    rounds, found = [], find_offers
+    aws.quotas[QUOTAS["p", "on-demand"]] = 384.0
+    monkeypatch.setattr(flow, "run_once", lambda launch, left, detach: rounds.append(left) or flow.Ended("reclaimed", "0"))
+
+    def fewer(*arguments):
+        everything, refused = found(*arguments)
+        return [offer for offer in everything if not rounds or offer.price > 5 * rounds[0][0].price], refused
+
+    monkeypatch.setattr("suasion.launch.offers.find_offers", fewer)
+    done = start("--market", "on-demand", types="", answer="y\n")
+    assert "more than twice the $0.8048 that you agreed to" in str(done.exception)
+    assert "was taken back; going on with another" in done.output
+    assert len(rounds) == 1
+    assert done.output.count("rent it?") == 1
+
+
+def test_what_the_machine_would_lack_is_said_before_it_is_rented(aws, start, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-one")
-    rest = ("--on", "aws", "--region", "us-east-1", "--types", "g5.xlarge", "--address", "203.0.113.7", "--runs", str(tmp_path))
     judged = ("--set", "ai_labels.grader={kind: llm, model: some-model}")
-    assert "give --pass-env OPENAI_API_KEY" in str(command(str(TINY), *rest, *judged).exception)
-    done = command(str(TINY), *rest, *judged, "--pass-env", "OPENAI_API_KEY", answer="n\n")
+    assert "give --pass-env OPENAI_API_KEY" in str(start(*judged).exception)
+    done = start(*judged, "--pass-env", "OPENAI_API_KEY", answer="n\n")
     assert done.exit_code == 0, done.output
     here = ("--set", "ai_labels.grader={kind: llm, model: some-model, base_url: 'http://127.0.0.1:8000/v1'}")
-    assert "cannot reach" in str(command(str(TINY), *rest, *here).exception)
+    assert "cannot reach" in str(start(*here).exception)
     tracked = ("--set", "sft.report_to=wandb")
-    assert "WANDB_API_KEY" in str(command(str(TINY), *rest, *tracked).exception)
+    assert "WANDB_API_KEY" in str(start(*tracked).exception)
     assert machine.needs_of(load_recipe(TINY, ("sft.report_to=wandb",))).extras == ("wandb",)
     assert not MAKING & set(aws.calls)
 
@@ -631,26 +633,13 @@ def test_finished_stages_come_from_s3_whole_or_not_at_all(aws, tmp_path) -> None
     assert not (launch.run / "02-pools").exists()
 
 
-def test_a_run_that_could_not_go_on_rents_nothing(aws, tmp_path) -> None:
+def test_a_run_that_could_not_go_on_rents_nothing(aws, start) -> None:
     """A bucket that is not there, and stages of another recipe: found out before a machine costs anything."""
-    words = (
-        str(TINY),
-        "--on",
-        "aws",
-        "--region",
-        "us-east-1",
-        "--types",
-        "g5.xlarge",
-        "--address",
-        "203.0.113.7",
-        "--runs",
-        str(tmp_path),
-    )
-    done = command(*words, "--s3", "s3://results/x", "--yes")
+    done = start("--s3", "s3://results/x", "--yes")
     assert "NoSuchBucket" in str(done.exception)
     past_the_proxy("s3", aws.backend).create_bucket(Bucket="results")
     stage_in_s3(aws, "01-corpus", "one\n")
-    done = command(*words, "--s3", "s3://results/x", "--yes")
+    done = start("--s3", "s3://results/x", "--yes")
     assert isinstance(done.exception, UserError)
     assert "corpus" in str(done.exception)
     assert not MAKING & set(aws.calls)

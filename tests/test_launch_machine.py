@@ -1,25 +1,23 @@
 """The rented machine's own scripts and the ssh to it, against a real sshd on loopback: upload, service, progress, fetch, spot notice.
 
-Only what needs a whole machine is stood in for: `sudo` (runs as is), `systemctl` and `systemd-run` (start what the unit says), and the
-experiment itself, a script that writes a stage as `suasion run` does. sshd comes with Debian's openssh-server; .ci/run installs it.
+Only what needs a whole machine is stood in for (standing_machine.py), and the experiment itself, a script that writes a stage as
+`suasion run` does; test_launch_whole.py runs the real one.
 """
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
+from standing_machine import needs_sshd, script, standing_machine, until
 
 from suasion.errors import UserError
 from suasion.launch import flow, machine
@@ -34,28 +32,6 @@ from suasion.rundir import Manifest
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = REPOSITORY / "recipes" / "tiny.yaml"
-SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-needs_sshd = pytest.mark.skipif(SSHD is None, reason="needs sshd: apt-get install openssh-server")
-
-SUDO = 'case $1 in systemctl|systemd-run|tee) ;; install) shift; mkdir -p "${@: -1}"; exit ;; touch) exit 0 ;; esac; exec "$@"'
-TEE = 'cat > "$HOME_OF_MACHINE/units/$(basename "$1")"'
-SYSTEMCTL = """
-cd "$HOME_OF_MACHINE"; echo "systemctl $*" >> calls
-case "$*" in is-active*) [ ! -f no-cap ]; exit ;; esac
-case "$*" in *enable*suasion-run*)
-  set -a; script=$(sed -n 's/^ExecStart=.bin.bash //p' units/suasion-run.service)
-. "$SUASION_MEMORY/environment"; set +a
-  env --default-signal=INT setsid bash "$script" > /dev/null 2>&1 < /dev/null & ;;
-esac"""
-AWS = """
-verb=$2; shift 2
-[ "$1" = --only-show-errors ] && shift
-place() { case $1 in s3://*) echo "$HOME_OF_MACHINE/${1#s3://}" ;; *) echo "$1" ;; esac; }
-from=$(place "$1") to=$(place "$2")
-case $verb in
-  cp) [ -d "$HOME_OF_MACHINE/bucket" ] || exit 1; mkdir -p "$(dirname "$to")"; cat > "$to" ;;
-  sync) [ -d "$from" ] || exit 0; mkdir -p "$to"; cp -r "$from/." "$to/" ;;
-esac"""
 EXPERIMENT = """
 echo "$1 $2 token=${HF_TOKEN:-none}"
 trap 'echo interrupted; exit 130' INT
@@ -65,12 +41,6 @@ while [ ! -f go ]; do [ -d prepared ] || exit 1; sleep 0.05; done
 cp -r prepared/02-pools runs/tiny/
 rm -r runs/tiny/03-sft; echo '{}' > runs/tiny/timings.json
 echo done"""
-
-
-def script(path: Path, body: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
 
 
 def stage(folder: Path, text: str) -> None:
@@ -84,60 +54,26 @@ def stage(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest.model_dump(mode="json")))
 
 
-def until(what, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "did not happen"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def rented(tmp_path, monkeypatch):
     """(session, host, home): an sshd whose every command runs in `home` with the stand-ins first on PATH."""
     monkeypatch.setenv("SUASION_STATE", str(tmp_path / "state"))
-    session = Session(
-        name="tiny", id="0a1b2c3d", account="123456789012", region="us-east-1", max_hours=1, max_dollars=1, user=getpass.getuser()
-    )
-    public = make_key(session).decode()
-    home, tools = tmp_path / "home", tmp_path / "tools"
-    (home / "units").mkdir(parents=True)
-    for name, body in (
-        ("sudo", SUDO),
-        ("tee", TEE),
-        ("systemctl", SYSTEMCTL),
-        ("systemd-run", 'cd "$HOME_OF_MACHINE"; echo "systemd-run $*" >> calls'),
-        ("aws", AWS),
-    ):
-        script(tools / name, body)
-    enter = f'export PATH={tools}:$PATH HOME_OF_MACHINE={home} SUASION_MEMORY={home}/memory SUASION_CAP_TRIES=1 SUASION_S3_TRIES=1; cd {home} && eval "$SSH_ORIGINAL_COMMAND"'
-    script(tools / "enter", enter)
-    (tmp_path / "authorized").write_text(f'command="{tools}/enter" {public}')
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "host_key")], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        session.port = probe.getsockname()[1]
-    Path("/run/sshd").mkdir(exist_ok=True)
-    options = {
-        "Port": session.port, "ListenAddress": "127.0.0.1", "HostKey": tmp_path / "host_key", "AuthorizedKeysFile": tmp_path / "authorized",
-        "PidFile": "none", "UsePAM": "no", "StrictModes": "no", "PasswordAuthentication": "no", "PermitRootLogin": "yes",
-    }  # fmt: skip
-    command = [
-        "env",
-        "--default-signal=INT",  # a test run that was started in the background is deaf to it, and so would be all that it starts
-        SSHD,
-        "-D",
-        "-e",
-        "-f",
-        "/dev/null",
-        *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
-    ]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    session.address = "127.0.0.1"
-    host = Host("127.0.0.1", key_file(session), session.user, session.port)
-    host.wait(30)
-    yield session, host, home
-    server.terminate()
-    server.wait()
+    with standing_machine(tmp_path) as standing:
+        session = Session(
+            name="tiny",
+            id="0a1b2c3d",
+            account="123456789012",
+            region="us-east-1",
+            max_hours=1,
+            max_dollars=1,
+            user=standing.user,
+            address="127.0.0.1",
+            port=standing.port,
+        )
+        standing.let_in(make_key(session).decode())
+        host = Host("127.0.0.1", key_file(session), session.user, session.port)
+        host.wait(30)
+        yield session, host, standing.home
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from suasion.errors import UsageError, UserError
-from suasion.progress import console, duration
+from suasion.errors import UserError
+from suasion.progress import console
 
 
 class _RecipeFirst(TyperGroup):
@@ -39,8 +38,6 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 AddressOption = Annotated[
     str, typer.Option(metavar="IPv4", help="Your address, the only one that is let in; asked for if not said.")
 ]
-SMALLEST_VOLUME_GB = 60  # image, packages (8 GB with CUDA) and caches
-DEARER = 2.0  # where the cheapest cannot be had, the next is taken without a question up to this many times its price
 
 
 @app.command("start", hidden=True)
@@ -82,84 +79,42 @@ def start(
     from suasion.launch.flow import Launch, caller_address, host_of, parse_s3, run_once
     from suasion.launch.machine import moved_inputs, needs_of, source_tree
     from suasion.launch.offers import find_offers
+    from suasion.launch.quote import candidates, handed_over, quote
     from suasion.launch.session import new_session
-    from suasion.launch.store import fetch_from_s3
-    from suasion.machines import load_machines
     from suasion.pipeline import require_same_recipe
-    from suasion.prediction import predict, read_sizes
     from suasion.recipe import load_recipe
 
+    # What can be known without AWS: a machine that lacks something must not be found out when it costs.
     loaded = load_recipe(recipe, tuple(set_ or ()))
-    missing = [name for name in pass_env or [] if name not in os.environ]
-    if missing:
-        raise UsageError(f"--pass-env {missing[0]}: no such environment variable here.")
-    for name in pass_env or []:
-        if "\n" in os.environ[name]:
-            raise UsageError(f"--pass-env {name}: its value has several lines; only one can be handed over.")
     needs = needs_of(loaded)
-    for name in needs.variables:
-        if name not in (pass_env or []):
-            raise UsageError(f"the recipe needs the key in {name}: give --pass-env {name}. Nothing was rented.")
-    if "wandb" in needs.extras and not {"WANDB_API_KEY", "WANDB_MODE"} & set(pass_env or []):
-        raise UsageError("report_to is wandb: give --pass-env WANDB_API_KEY (or WANDB_MODE=offline and --pass-env WANDB_MODE).")
+    environment = handed_over(pass_env or [], needs)
     if s3:
         parse_s3(s3)
     moved_inputs(loaded, "")
     source_tree()
-    table = load_machines()
-    sizes = read_sizes(loaded)
-    predictions = {name: predict(loaded, sizes, machine) for name, machine in table.machines.items()}
-    allowed = [name.strip() for name in types.split(",") if name.strip()] or [
-        name for name, item in predictions.items() if not item.problems
-    ]
-    if not allowed:
-        raise UserError(f"{recipe} fits on no machine of the table: " + "; ".join(next(iter(predictions.values())).problems))
-    account = Account(region)
-    run = runs / loaded.name
+    known = candidates(loaded, [name.strip() for name in types.split(",") if name.strip()])
+
+    account, run = Account(region), runs / loaded.name
     session = new_session(run, account, max_hours, max_dollars, s3.rstrip("/"))
-    if s3 and (copied := fetch_from_s3(account, session, run)):  # and a bucket that is not there is found out now
-        console.print(f"{len(copied)} stage(s) of {loaded.name} stood in {s3}: fetched, they are not made again")
+    _fetch_earlier(account, session, run)
     require_same_recipe(loaded, runs)
+
     markets: list[Any] = ["on-demand", "spot"] if market == "cheapest" else [market]
-    volume_gb = SMALLEST_VOLUME_GB + round(sizes.disk_bytes / 1e9 + 0.5)
+    agreed: float | None = None  # dollars an hour
     while True:
-        offers, refused = find_offers(account, allowed, markets, table)
-        for line in refused:
-            console.print(f"  [dim]{line}[/]")
-        best = offers[0]
-        if not types:  # whoever names types has agreed to their prices
-            offers = [offer for offer in offers if offer.price <= DEARER * best.price]
-        hourly = best.price + table.side_costs(volume_gb)
-        console.print(
-            f"cheapest: {best}, ${hourly:.3f} an hour with {volume_gb} GB of disk and an address; AWS account {account.id}"
-        )
-        hours = session.hours_left(best.ceiling + table.side_costs(volume_gb))
-        if known := predictions.get(best.type):
-            seconds = known.seconds + 900  # boot, upload and installation
-            console.print(
-                f"estimate: {duration(seconds)}, ${seconds / 3600 * hourly:.2f} (predicted from the table of {table.date}; see docs/scale.md)"
-            )
-            for problem in known.problems:
-                console.print(f"  [yellow]{problem}[/]")
-            if seconds > hours * 3600:
-                console.print(
-                    "  [yellow]the caps end the machine before that: raise --max-hours or --max-dollars, or the run stops half-way[/]"
-                )
-        console.print(
-            f"caps: ${max_dollars:.2f} and {max_hours:g} h; this machine ends itself after {duration(max(hours, 0) * 3600)}"
-        )
-        if (dearest := max(offers, key=lambda offer: offer.price)) is not best:
-            console.print(
-                f"where that cannot be had, the next cheapest is taken, at most {dearest.type} {dearest.market} at ${dearest.price:.4f} an hour"
-            )
+        offers, refused = find_offers(account, known.types, markets, known.table)
+        offers = known.taken_in_turn(offers, agreed)
+        for line in (*(f"  [dim]{why}[/]" for why in refused), *quote(offers, known, session)):
+            console.print(line)
         if detach and not s3:
             console.print(
                 "[yellow]--detach without --s3: results wait on the machine until an hour after the run's end, not longer; be back with launch logs[/]"
             )
-        if not yes and not typer.confirm("rent it?"):
+        if not yes and agreed is None and not typer.confirm("rent it?"):
             raise typer.Exit(0)
+        agreed = agreed or offers[0].price
         launch = Launch(
-            account, loaded, run, session, table, address or caller_address(), volume_gb, {name: os.environ[name] for name in pass_env or []}, host_of,
+            account, loaded, run, session, known.table, address or caller_address(), known.volume_gb, environment, host_of,
             None if address else caller_address, needs.extras,
         )  # fmt: skip
         with interrupted_by_hangup():
@@ -168,7 +123,6 @@ def start(
         if ended.how != "reclaimed":
             break
         console.print("[yellow]the machine was taken back; going on with another from what is finished here[/]")
-        yes = True  # the caps were agreed to
     if ended.how == "running":
         console.print(f"it runs. suasion launch logs {loaded.name} follows it, suasion launch stop {loaded.name} ends it.")
         return
@@ -300,6 +254,14 @@ def _launch(name: str, runs: Path, address: str) -> Any:
     if session.address:
         let_in(launch)
     return launch
+
+
+def _fetch_earlier(account: Any, session: Any, run: Path) -> None:
+    """Stages that an earlier launch had copied to S3; and a bucket that is not there is found out now."""
+    from suasion.launch.store import fetch_from_s3
+
+    if session.s3 and (copied := fetch_from_s3(account, session, run)):
+        console.print(f"{len(copied)} stage(s) of {run.name} stood in {session.s3}: fetched, they are not made again")
 
 
 def _fetch_copies(launch: Any, ended: Any) -> None:
