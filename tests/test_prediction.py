@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,32 @@ def test_more_processes_train_faster_and_need_gpus(full) -> None:
     assert gpu_memory(sharded, HALF_BILLION, 4)["sft"] < gpu_memory(several, HALF_BILLION, 4)["sft"]
 
 
+def test_sharded_with_servers_one_copy_on_the_host_is_enough_and_a_model_may_be_larger_than_a_gpu(full) -> None:
+    """70B, by hand: 2.6e11 bytes of weights on the host once, of which each of eight GPUs holds an eighth and nothing else whole."""
+    giant = replace(HALF_BILLION, parameters=70 * 10**9)
+    machine = load_machines().machines["p5.48xlarge"]
+    servers = "sample.engine={kind: endpoint, server: vllm, urls: ['http://10.0.0.2:8000/v1'], parity_prompts: %d}"
+    found = {}
+    for name, options in {
+        "local": (),
+        "compared": (servers % 4,),
+        "servers": (servers % 0, "evaluate.likelihood_pairs=0"),
+    }.items():
+        recipe = load_recipe(RECIPES / "persuasion-rl.yaml", ("processes={profile: fsdp2, count: 8}", *options))
+        found[name] = predict(recipe, sizes(giant), machine)
+    weights = 4 * 70 * 10**9
+    host = {name: {stage: (held - 4 * 10**9) // weights for stage, held in one.host_bytes.items()} for name, one in found.items()}
+    assert host["local"] == dict.fromkeys(host["local"], 1) | {"sample": 8, "evaluate": 8}
+    assert host["compared"] == dict.fromkeys(host["local"], 1)
+    assert host["servers"] == host["compared"] | {"sample": 0, "evaluate": 0}
+    several = load_recipe(RECIPES / "persuasion-rl.yaml", ("processes={profile: ddp, count: 8}",))
+    assert predict(several, sizes(giant), machine).host_bytes["sft"] == 4 * 10**9 + 8 * weights
+    assert found["servers"].gpu_bytes["sft"] - weights / 8 == pytest.approx(gpu_memory(full, giant, 1)["sft"] - weights)
+    assert found["servers"].gpu_bytes["sample"] == found["servers"].gpu_bytes["evaluate"] == 0
+    assert not any(problem.startswith(("sample", "evaluate", "loading")) for problem in found["servers"].problems)
+    assert any("sample.engine" in problem for problem in found["compared"].problems)
+
+
 @given(gib=st.floats(4, 30), micro=st.sampled_from([1, 2048, 8192, 65536]), batch=st.integers(1, 2_000))
 def test_advice_that_names_a_value_makes_it_fit(full, gib, micro, batch) -> None:
     machine = Machine(vcpus=4, host_gib=64, gpus=1, gpu=Gpu(name="X", tflops=70, gbps=600, gib=gib))
@@ -123,7 +150,7 @@ def test_a_model_that_does_not_fit_at_all_is_told_so(full) -> None:
     giant = replace(HALF_BILLION, parameters=70 * 10**9)
     problems = predict(full, sizes(giant), load_machines().machines["g5.xlarge"]).problems
     assert all("the weights alone do not fit" in problem for problem in problems if not problem.startswith("loading"))
-    assert any(problem.startswith("loading needs") for problem in problems)
+    assert any(problem.startswith("loading for sft needs") for problem in problems)
 
 
 def test_the_table_is_valid_dated_and_can_be_replaced(tmp_path) -> None:
@@ -143,5 +170,6 @@ def test_plan_on_other_machines() -> None:
     assert done.exit_code == 0, done.output
     assert done.output.startswith("g5.xlarge (1 x A10G, 22.5 GiB; host 16 GiB): ")
     assert "sft" in done.output
+    assert len(re.findall(r"^  [\w-]+ +[\w. ]+ +\$\d+\.\d\d +\d+\.\d GiB GPU +\d+\.\d GiB host$", done.output, re.MULTILINE)) == 7
     refused = CliRunner().invoke(app, ["plan", str(RECIPES / "tiny.yaml"), "--on", "g9.huge"])
     assert isinstance(refused.exception, UsageError)

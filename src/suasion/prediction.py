@@ -21,6 +21,7 @@ from suasion.machines import Machine, MachineTable
 from suasion.planning import Lengths, Rates, StagePlan, disk_bytes, sft_rows, stage_plans
 from suasion.progress import duration
 from suasion.recipe import Recipe
+from suasion.sections.sampling import EndpointEngine
 from suasion.sections.training import GPU_TOKENS
 
 GIB = 2**30
@@ -77,7 +78,7 @@ class Prediction:
     stages: list[StagePlan]
     rates: Rates
     gpu_bytes: Mapping[str, int]
-    host_bytes: int
+    host_bytes: Mapping[str, int]
     problems: list[str]
     shares: Shares
 
@@ -165,15 +166,38 @@ def four_bit_bytes(shape: Shape) -> int:
 def gpu_memory(recipe: Recipe, shape: Shape, processes: int) -> dict[str, int]:
     """Peak bytes on one GPU by stage: weights, adapters with their optimiser state, and what backward or the cache needs.
 
-    A response keeps its cache and six rows of the vocabulary (sampling/local.py).
+    A response keeps its cache and six rows of the vocabulary (sampling/local.py). Where servers sample, a GPU here holds a model only to compare
+    it with theirs, and for the likelihood of real replies.
     """
     found = {}
     for stage in ("sft", *(f"dpo-{arm.name}" for arm in recipe.dpo)):
         fixed, per_token, longest, budget = training_memory(stage, recipe, shape, processes)
         found[stage] = fixed + per_token * max(budget, longest)
+    weights = held_bytes(recipe, shape)
+    if isinstance(recipe.sample.engine, EndpointEngine):
+        compared = recipe.sample.engine.parity_prompts > 0
+        found["sample"] = weights if compared else 0
+        found["evaluate"] = weights if compared or recipe.evaluate.likelihood_pairs > 0 else 0
+        return found
     positions = recipe.corpus.context_tokens + recipe.sample.max_new_tokens
     response = positions * shape.cache_width * (shape.layers + 1) * 4 + 6 * shape.vocabulary * 4
-    found["sample"] = found["evaluate"] = held_bytes(recipe, shape) + recipe.sample.batch_size * response
+    found["sample"] = found["evaluate"] = weights + recipe.sample.batch_size * response
+    return found
+
+
+def host_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
+    """Peak bytes on a machine's host by stage. Every process loads its model there before it moves to its GPU; of a sharded training only
+    the first (training/sharding.py), and where servers sample one is loaded here at most, as `gpu_memory` says.
+    """
+    count = recipe.processes.count
+    found = {}
+    for stage, on_gpu in gpu_memory(recipe, shape, 1).items():
+        if stage in ("sample", "evaluate"):
+            alone = isinstance(recipe.sample.engine, EndpointEngine)
+        else:
+            alone = recipe.processes.profile == "fsdp2"
+        copies = 0 if on_gpu == 0 else 1 if alone else count
+        found[stage] = HOST_BYTES + held_bytes(recipe, shape) * copies
     return found
 
 
@@ -209,7 +233,7 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
     rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares)
     spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines, rates.weight_bytes)
     memory = gpu_memory(recipe, shape, count * machines)
-    host = HOST_BYTES + held_bytes(recipe, shape) * count  # each loads the base before it moves to its GPU
+    host = host_memory(recipe, shape)
     problems = []
     assert machine.gpu is not None
     room = machine.gpu.gib * GIB * MEMORY_SHARE
@@ -218,9 +242,10 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
             problems.append(
                 f"{stage} needs {needed / GIB:.1f} GiB of the GPU's {machine.gpu.gib:g}: {advice(stage, needed, room, recipe, shape)}"
             )
-    if host > machine.host_gib * GIB:
+    largest = max(host, key=lambda stage: host[stage])
+    if host[largest] > machine.host_gib * GIB:
         problems.append(
-            f"loading needs {host / GIB:.1f} GiB of the host's {machine.host_gib:g}: take a larger size of the same machine"
+            f"loading for {largest} needs {host[largest] / GIB:.1f} GiB of the host's {machine.host_gib:g}: take a larger size of the same machine"
         )
     if count > machine.gpus:
         problems.append(f"processes.count is {count}, it has {machine.gpus} GPUs")
@@ -232,9 +257,15 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
 def advice(stage: str, needed: int, room: float, recipe: Recipe, shape: Shape) -> str:
     """What to change so that a stage fits, with the value where one setting will do."""
     weights = held_bytes(recipe, shape)
+    serving = stage in ("sample", "evaluate")
+    if weights > room and serving:
+        return (
+            "the weights alone do not fit: a larger GPU, or servers that split a model (sample.engine), with their parity_prompts and "
+            "evaluate.likelihood_pairs at 0"
+        )
     if weights > room:
         return "the weights alone do not fit: a larger GPU, model.quantization=nf4 or processes.profile=fsdp2 on several"
-    if stage in ("sample", "evaluate"):
+    if serving:
         return f"sample.batch_size={max(1, int(recipe.sample.batch_size * (room - weights) / (needed - weights)))}"
     fixed, per_token, longest, _ = training_memory(stage, recipe, shape, recipe.processes.count * recipe.processes.machines)
     fits = int((room - fixed) / per_token)
@@ -261,8 +292,10 @@ def lines(recipe: Recipe, sizes: Sizes, names: list[str], table: MachineTable, s
         )
         for stage in made.stages:
             if stage.stage in made.gpu_bytes:
+                cost = "" if machine.price is None else f"${stage.seconds / 3600 * machine.price * recipe.processes.machines:.2f}"
                 out.append(
-                    f"  {stage.stage:<22}{duration(stage.seconds):>14}{made.gpu_bytes[stage.stage] / GIB:8.1f} GiB GPU{made.host_bytes / GIB:8.1f} GiB host"
+                    f"  {stage.stage:<22}{duration(stage.seconds):>14}{cost:>9}{made.gpu_bytes[stage.stage] / GIB:8.1f} GiB GPU"
+                    f"{made.host_bytes[stage.stage] / GIB:8.1f} GiB host"
                 )
         out += [f"  does not fit: {problem}" for problem in made.problems]
     out.append(f"rates {(shares or Shares()).source}; peaks and prices: {table.date}, machines.yaml")
