@@ -118,10 +118,10 @@ class Job:
     """What a measurement needs: model, hardware, and a folder that is thrown away."""
 
     def __init__(self, model: str, out: Path, packed: bool = True):
-        """packed: with the attention that our packed rows get; else the library's default, which TRL gets."""
+        """packed: as our trainings get it, attention and rounded frozen layers; else the library's default, which TRL gets."""
         import torch
 
-        from suasion.models import Lineage, compute, load_policy, load_tokenizer
+        from suasion.models import Lineage, compute, load_policy, load_tokenizer, round_for_training
         from suasion.sections.training import LoraSection
 
         self.section = section_of(model, out)
@@ -131,6 +131,8 @@ class Job:
         self.lora = LoraSection()
         self.tokenizer = load_tokenizer(self.section)
         self.policy = load_policy(Lineage(self.section), self.lora, 0, self.hardware.device)
+        if packed:
+            round_for_training(self.policy, self.hardware)
         self.vocabulary = min(len(self.tokenizer), 40000)
         self.folder = Path(tempfile.mkdtemp())
         self.torch = torch

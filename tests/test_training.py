@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_training import CPU, LORA, interrupt, nonzero_adapter, preference_pairs, run_dpo
 
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, load_merged, load_policy, save_adapter
+from suasion.models import Compute, Lineage, load_merged, load_policy, round_for_training, save_adapter
 from suasion.records import Example, Preference, Response, Turn
 from suasion.sections.training import DpoArm, LoraSection, SftSection
 from suasion.training.dpo import kl_to_start, print_baselines, target, warn, with_reference
@@ -150,6 +150,31 @@ def test_dropout_does_not_touch_the_reference(tiny, sft_adapter, tmp_path):
     with torch.no_grad():
         noisy = score(policy, preference_pairs(1), CPU)[0]
     assert abs(noisy[0, 0].item() - first["p0"].chosen) > 1e-3
+
+
+def test_frozen_layers_rounded_once_train_the_same(tiny, sft_adapter):
+    """Bit by bit under bf16 autocast, dropout and gradients included; in fp32, and where every weight is trained, nothing is rounded."""
+    hardware = Compute("cpu", "bfloat16", 1)
+    lineage, lora = Lineage(tiny, (sft_adapter,)), LoraSection(r=4, dropout=0.2)
+    sums, gradients = [], []
+    for prepare in (lambda policy, _: policy, round_for_training):
+        policy = prepare(load_policy(lineage, lora, 0), hardware).train()
+        torch.manual_seed(3)
+        scored = score(policy, preference_pairs(3), hardware)[0]
+        scored.pow(2).sum().backward()
+        sums.append(scored.detach())
+        gradients.append({name: weight.grad for name, weight in policy.named_parameters() if weight.requires_grad})
+    assert torch.equal(*sums)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    types = {weight.dtype for name, weight in policy.named_parameters() if name.endswith("base_layer.weight")}
+    assert types == {torch.bfloat16}
+    for whole in (
+        round_for_training(load_policy(lineage, lora, 0), CPU),
+        round_for_training(load_policy(lineage, None, 0), hardware),
+    ):
+        assert {weight.dtype for weight in whole.parameters()} == {torch.float32}
 
 
 def test_merging_keeps_the_likelihood(tiny, sft_adapter):

@@ -275,13 +275,14 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     """Time the recipe's model on this machine. Reading and training take most of the seconds; writing takes what it takes."""
     import torch
 
-    from suasion.models import Lineage, as_it_samples, compute, load_policy, load_tokenizer
+    from suasion.models import Lineage, as_it_samples, compute, load_tokenizer
     from suasion.sampling.draws import Draw
     from suasion.sampling.local import decode
+    from suasion.training.loop import policy_of
     from suasion.training.prefix import pack, reply_logits, sum_logprobs
 
     hardware = compute(recipe.model)
-    policy = load_policy(Lineage(recipe.model), recipe.sft.lora, recipe.seed, hardware.device)
+    policy = policy_of(recipe, Lineage(recipe.model), recipe.sft.lora, hardware)
     tokenizer = load_tokenizer(recipe.model)
     context = min(recipe.corpus.context_tokens, recipe.model.max_length - 96)
     reply = 64

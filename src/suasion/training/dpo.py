@@ -26,14 +26,14 @@ from transformers import Trainer, TrainingArguments
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, compute, load_merged, load_policy, load_to_score, load_tokenizer
+from suasion.models import Compute, Lineage, compute, load_merged, load_to_score, load_tokenizer
 from suasion.progress import console
 from suasion.records import Preference, read_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.sections.training import DpoArm
 from suasion.seeding import derive_seed
 from suasion.training.attention import attention_of
-from suasion.training.loop import arguments, optimiser_steps, speed_file, train
+from suasion.training.loop import arguments, optimiser_steps, policy_of, speed_file, train
 from suasion.training.losses import (
     effective_logprobs,
     logprob_rounding,
@@ -135,7 +135,7 @@ def run_stage(stage: StageContext) -> StageResult:
     print_baselines(arm.name, baseline, len(fitting))
 
     start = start_lineage(stage, arm.start)
-    policy = load_policy(start, arm.lora, recipe.seed, hardware.device)
+    policy = policy_of(recipe, start, arm.lora, hardware)
     own = arm.reference in ("start", arm.start)
     reference_lineage = start if own else start_lineage(stage, arm.reference)
     reference_model = policy if own else load_to_score(reference_lineage, hardware.device)

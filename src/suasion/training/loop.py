@@ -18,10 +18,11 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from suasion.errors import UserError
-from suasion.models import Compute
+from suasion.models import Compute, Lineage, load_policy, round_for_training
+from suasion.recipe import Recipe
 from suasion.records import canonical_json
 from suasion.rundir import CHECKPOINTS
-from suasion.sections.training import TrainingSection
+from suasion.sections.training import LoraSection, TrainingSection
 from suasion.seeding import derive_seed
 from suasion.training.processes import barrier, rank
 from suasion.training.steps import OWN, SPEED
@@ -33,6 +34,12 @@ KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "epoch")
 def optimiser_steps(rows: int, section: TrainingSection) -> int:
     """Optimiser steps of a training on `rows` rows; the last batch of an epoch may be smaller."""
     return math.ceil(section.epochs * math.ceil(rows / section.batch_size))
+
+
+def policy_of(recipe: Recipe, start: Lineage, lora: LoraSection | None, hardware: Compute) -> Any:
+    """The policy of a training: `load_policy`, its frozen layers rounded once where compute is bf16. FSDP2 wants one type a layer: there they are not."""
+    policy = load_policy(start, lora, recipe.seed, hardware.device)
+    return policy if recipe.processes.profile == "fsdp2" else round_for_training(policy, hardware)
 
 
 def arguments(

@@ -18,12 +18,12 @@ from trl import SFTConfig, SFTTrainer
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, base_hash, compute, load_policy, load_tokenizer
+from suasion.models import Compute, Lineage, base_hash, compute, load_tokenizer
 from suasion.records import Example, read_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.sections.training import SftSection
 from suasion.training.attention import attention_of
-from suasion.training.loop import arguments, speed_file, train
+from suasion.training.loop import arguments, policy_of, speed_file, train
 from suasion.training.prefix import pack, reply_logits
 from suasion.training.processes import save_trained
 from suasion.training.steps import WholeSteps
@@ -95,7 +95,7 @@ def run_stage(stage: StageContext) -> StageResult:
     if not rows:
         raise UserError(f"none of the {len(examples)} SFT examples fits model.max_length {recipe.model.max_length}. Raise it.")
     lineage = Lineage(recipe.model)
-    policy = load_policy(lineage, section.lora, recipe.seed, hardware.device)
+    policy = policy_of(recipe, lineage, section.lora, hardware)
     args = arguments(
         SFTConfig, section, stage.folder, hardware, len(rows), recipe.seed, "sft",
         max_length=None, packing=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
