@@ -379,7 +379,7 @@ def child(piece: str, model: str, out: Path) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import torch
 
-    from suasion.training.steps import peak_memory_mb
+    from suasion.memory import peak_memory_mb
 
     kind, name, _ = piece.split("/")
     lengths = json.loads((out / "lengths.json").read_text())

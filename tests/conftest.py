@@ -28,6 +28,17 @@ def tiny() -> ModelSection:
     return ModelSection(base="random:tiny", max_length=512)
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser for the tests of one file; no longer, because nothing else can run an event loop beside it."""
+    from browsing import CHROMIUM, sync_api
+
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="session")
 def renderer(tiny):
     """Renders with the bundled tokenizer and its chat template."""

@@ -1,25 +1,21 @@
 """The labelling page in a real browser: what annotators and researchers see, press and hear, and what hostile texts cannot do.
 
-Needs Chromium (Debian: apt-get install chromium; `.ci/run` installs it) and Playwright's core, which comes with the extra `test` and
-downloads nothing. SUASION_SCREENSHOTS=FOLDER keeps a picture of every page that a person should look at.
+Needs what browsing.py says. SUASION_SCREENSHOTS=FOLDER keeps a picture of every page that a person should look at.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import sqlite3
 from pathlib import Path
 
 import pytest
+from browsing import NEEDS_CHROMIUM, PHONE, WIDE, keep, sync_api
 from label_run import GOOD, THREAD, Server, make_run, sampled_pairs
 
 from suasion.labeling.store import Store
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs the packages of the extra 'test'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = NEEDS_CHROMIUM
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> [click](javascript:document.title='owned') "
@@ -27,17 +23,8 @@ HOSTILE = (
     "<iframe src=http://127.0.0.1:9/></iframe> <style>body{display:none}</style> {{ 7 * 7 }} <svg onload=document.title='owned'>"
 )
 LONG = "\n\n".join(f"Paragraph {n}: " + GOOD.split("\n")[0] for n in range(14))
-WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 PATIENCE = 30_000  # milliseconds; a busy machine must not fail a journey
 sync_api.expect.set_options(timeout=PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +108,7 @@ class Person:
             self.page.keyboard.press(key)
 
     def picture(self, name: str, **options) -> None:
-        if folder := os.environ.get("SUASION_SCREENSHOTS"):
-            self.page.screenshot(path=f"{folder}/{name}.png", **options)
+        keep(self.page, name, **options)
 
     def accessible(self) -> None:
         """axe-core finds nothing serious or critical."""

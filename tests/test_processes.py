@@ -117,7 +117,7 @@ def test_every_profile_trains_as_one_through_the_whole_run(alone, tmp_path, prof
     assert_alike(metrics(whole.path, "03-sft"), metrics(directory.path, "03-sft"))
     first = [metrics(path, "08-dpo-rlaif")[0] for path in (whole.path, directory.path)]
     assert first[1]["loss"] == pytest.approx(first[0]["loss"], abs=1e-5)  # ln 2; what follows depends on what sft wrote
-    faults, _ = verify_run(directory.path)
+    faults = verify_run(directory.path).faults
     assert faults == []
 
 

@@ -1,6 +1,6 @@
 """The report in a real browser: what axe-core finds, in both colours and on a telephone, what filters show, and what a printer gets.
 
-Needs Chromium and the extra `test`, as tests/test_labeling_browser.py does. SUASION_SCREENSHOTS=FOLDER keeps pictures and the PDF.
+Needs what browsing.py says. SUASION_SCREENSHOTS=FOLDER keeps pictures and the PDF.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import zlib
 from pathlib import Path
 
 import pytest
+from browsing import NEEDS_CHROMIUM, PHONE, WIDE, keep
 from test_final import asked, people_of
-from test_labeling_browser import CHROMIUM, PHONE, WIDE
 from test_report import make_run
 
 from suasion.evaluation.summary import ModelVerdict, with_people
@@ -20,17 +20,8 @@ from suasion.labeling import final
 from suasion.records import Example, read_json, read_rows, write_json
 from suasion.reporting.stage import run_stage
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs the packages of the extra 'test'")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = NEEDS_CHROMIUM
 A4 = {"width": 680, "height": 1010}  # what 210 x 297 mm leave within margins of 15 mm, in CSS pixels
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +40,15 @@ def page(tmp_path_factory) -> Path:
     return stage.folder / "index.html"
 
 
-def opened(browser, page: Path, **context):
+def opened(chromium, page: Path, **context):
     """The report in a window of its own, and every request that it makes besides itself."""
-    window = browser.new_context(**context)
+    window = chromium.new_context(**context)
     shown = window.new_page()
     requests: list[str] = []
     shown.on("request", lambda request: requests.append(request.url))
     shown.goto(page.as_uri())
     assert [url for url in requests if url != page.as_uri() and not url.startswith("data:")] == []
     return shown
-
-
-def keep(shown, name: str, **options) -> None:
-    if folder := os.environ.get("SUASION_SCREENSHOTS"):
-        shown.screenshot(path=f"{folder}/{name}.png", **options)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +61,10 @@ def keep(shown, name: str, **options) -> None:
         ("report-narrowest", {"viewport": {"width": 320, "height": 256}}),  # 1280 at 400%: WCAG 1.4.10
     ],
 )
-def test_axe_finds_nothing_and_nothing_scrolls_sideways(browser, page, name, context):
+def test_axe_finds_nothing_and_nothing_scrolls_sideways(chromium, page, name, context):
     from axe_playwright_python.sync_playwright import Axe
 
-    shown = opened(browser, page, **context)
+    shown = opened(chromium, page, **context)
     keep(shown, name)
     assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
     for folded in shown.locator("details").all():
@@ -92,8 +78,8 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways(browser, page, name, con
     shown.context.close()
 
 
-def test_filters_show_and_hide_without_script(browser, page):
-    shown = opened(browser, page, viewport=WIDE, java_script_enabled=False)
+def test_filters_show_and_hide_without_script(chromium, page):
+    shown = opened(chromium, page, viewport=WIDE, java_script_enabled=False)
     examples = shown.locator(".example:visible")
     every = examples.count()
     shown.locator("#set-worst").check()
@@ -106,9 +92,9 @@ def test_filters_show_and_hide_without_script(browser, page):
     shown.context.close()
 
 
-def test_a_printer_gets_everything(browser, page):
+def test_a_printer_gets_everything(chromium, page):
     """On paper nothing can be scrolled or unfolded: no table is cut at the margin, no context in the middle, and ink is dark."""
-    shown = opened(browser, page, viewport=A4, color_scheme="dark")
+    shown = opened(chromium, page, viewport=A4, color_scheme="dark")
     shown.emulate_media(media="print")
     cut = shown.evaluate(
         "[...document.querySelectorAll('.scroll, .context, pre, figure')].filter(one => one.offsetParent && one.scrollWidth > one.clientWidth + 1)"

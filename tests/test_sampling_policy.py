@@ -8,7 +8,7 @@ from suasion.models import Compute, Lineage, load_merged
 from suasion.records import Prompt, Response, Turn
 from suasion.sampling import local, respond
 from suasion.sampling.draws import Draw, Drawn
-from suasion.sampling.local import LocalSampler, decode, is_out_of_memory, memory_needed
+from suasion.sampling.local import LocalSampler, decode, memory_needed
 from suasion.sampling.respond import Journal
 from suasion.sampling.stage import pairs_of
 from suasion.sections.sampling import SampleSection
@@ -160,10 +160,11 @@ def short_of_memory(monkeypatch, most, error):
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory."),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python"])
 def test_out_of_memory_halves_the_batch_for_good_and_says_so(error, model, renderer, monkeypatch, capsys):
     settings = SampleSection(max_new_tokens=4, batch_size=16)
     sampler = LocalSampler(lambda: model, settings, renderer, CPU, 0)
@@ -188,7 +189,6 @@ def test_one_response_that_does_not_fit_is_a_message(model, renderer, monkeypatc
 
 
 def test_other_runtime_errors_are_not_taken_for_want_of_memory(model, renderer, monkeypatch):
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))
     sampler = LocalSampler(lambda: model, SampleSection(max_new_tokens=4), renderer, CPU, 0)
     short_of_memory(monkeypatch, 0, RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):

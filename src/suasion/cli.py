@@ -1,12 +1,13 @@
 """The command line. Commands parse and print; the work is elsewhere.
 
-Exit codes: 0 done or skipped, 1 failed, 2 wrong use, 3 waiting for people, 4 verify found a fault, 130 interrupted. Work is
-resumable after every one of them.
+Exit codes: 0 done or skipped, 1 failed, 2 wrong use, 3 waiting for people, 4 verify found a fault or an unfinished run, 130
+interrupted. Work is resumable after every one of them.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.exceptions import TyperException
 
 from suasion.errors import UsageError, UserError
@@ -21,6 +23,7 @@ from suasion.grading.commands import app as grade_app
 from suasion.labeling.commands import app as label_app
 from suasion.launch.commands import app as launch_app
 from suasion.progress import console
+from suasion.rundir import RunDir
 
 app = typer.Typer(
     help="Which feedback makes a small language model a better and honest persuader: examples, AI preferences, human preferences, "
@@ -42,6 +45,13 @@ INTERRUPTED = 130
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, for example recipes/demo.yaml.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/demo.")]
+RunOrRecipe = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN|RECIPE",
+        help="A run directory, for example runs/demo, or the recipe file that it was made from (its run is then in runs/).",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -54,8 +64,17 @@ SetOption = Annotated[
 RunsOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where run directories stand.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"suasion {importlib.metadata.version('suasion')}")
+        raise typer.Exit
+
+
 @app.callback()
 def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     threads: Annotated[
         int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all. Results are bit-equal only at one thread count.")
@@ -166,35 +185,43 @@ def join(
 
 
 @app.command()
-def status(run_: RunArgument) -> None:
+def status(source: RunOrRecipe) -> None:
     """Show which stages of a run are finished, how long they took, and what is next."""
-    from suasion.status import print_status
+    from suasion.status import find_run, print_status
 
-    print_status(run_, console)
+    print_status(find_run(source), console)
 
 
 @app.command()
-def verify(run_: RunArgument) -> None:
-    """Check a run: every artefact's hash, row counts, disjoint pools, the evaluation seal, lineage and first losses.
+def verify(source: RunOrRecipe) -> None:
+    """Check a run: every artefact's hash, row counts, disjoint pools, the evaluation seal, lineages and first losses.
 
-    Exit code 4 when something is wrong; each fault is named.
+    What is finished is checked, whatever is not. Exit code 4 when something is wrong, each fault named, and when stages are missing.
     """
+    from suasion.status import find_run
     from suasion.verify import verify_run
 
-    faults, checks = verify_run(run_)
-    for line in checks:
-        console.print(f"[green]ok[/]    {line}")
-    for fault in faults:
-        console.print(f"[red]fault[/] {fault}")
-    if faults:
-        console.print(f"{len(faults)} fault(s) in {run_}. Make the stage again with: suasion run RECIPE --redo STAGE")
+    run_ = find_run(source)
+    found = verify_run(run_)
+    for line in found.checks:
+        console.print(f"[green]ok[/]    {escape(line)}", soft_wrap=True)
+    for fault in found.faults:
+        console.print(f"[red]fault[/] {escape(fault)}", soft_wrap=True)
+    for line in found.unfinished:
+        console.print(f"[yellow]open[/]  {escape(line)}", soft_wrap=True)
+    go_on = RunDir(run_, {}).go_on()
+    if found.faults:
+        console.print(f"{len(found.faults)} fault(s) in {run_}. Make the stage again with: {go_on} --redo STAGE", soft_wrap=True)
+    elif found.unfinished:
+        console.print(f"{run_} is sound as far as it goes, and not finished. Go on with: {go_on}", soft_wrap=True)
+    if found.faults or found.unfinished:
         raise typer.Exit(4)
     console.print(f"{run_} is sound.")
 
 
 @app.command()
 def report(
-    run_: RunArgument,
+    source: RunOrRecipe,
     publish: Annotated[
         Path | None,
         typer.Option(
@@ -216,13 +243,14 @@ def report(
     from suasion.pipeline import run as run_pipeline
     from suasion.records import read_json
     from suasion.reporting.terminal import print_summary
-    from suasion.status import load_run
+    from suasion.status import find_run, load_run
 
+    run_ = find_run(source)
     if out and not against:
         raise UsageError("--out says where a comparison goes: give it with --against RUN.")
     directory, recipe = load_run(run_)
     if directory.state("evaluate") != "complete":
-        raise UserError(f"{run_} has no evaluation yet. Finish it with: suasion run RECIPE")
+        raise UserError(f"{run_} has no evaluation yet. Finish it with: {directory.go_on()}")
     if directory.state("report") != "complete":
         run_pipeline(recipe, run_.resolve().parent, "report", "report")
     if against:
@@ -331,7 +359,7 @@ def corpus_stats(
         if set_:
             raise UsageError("--set changes a recipe, and a run is what it is. Give the recipe instead of the run.")
         if directory.state("corpus") != "complete":
-            raise UserError(f"{source} has no finished corpus stage yet. Finish it with: suasion run RECIPE --until corpus")
+            raise UserError(f"{source} has no finished corpus stage yet. Finish it with: {directory.go_on('--until', 'corpus')}")
         stats = read_stats(directory.folder("corpus") / "counts.json")
     else:
         recipe = load_recipe(source, tuple(set_ or ()))

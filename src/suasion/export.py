@@ -33,7 +33,7 @@ def export(directory: RunDir, recipe: Recipe, model: str, to: Path, merged: bool
     for name in names:
         if directory.state(name) != "complete":
             raise UserError(
-                f"model {model} needs stage {name}, which is {directory.state(name)}. Finish it: suasion run RECIPE --until {name}"
+                f"model {model} needs stage {name}, which is {directory.state(name)}. Finish it: {directory.go_on('--until', name)}"
             )
     lineage = Lineage(recipe.model, tuple(directory.folder(name) / "adapter" for name in names))
     if not names and not merged:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -233,6 +234,11 @@ class RunDir:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def go_on(self, *options: str) -> str:
+        """The command that goes on with this run, whatever recipe file it was made from: its own copy says the same."""
+        elsewhere = [] if self.path.parent == Path("runs") else ["--runs", str(self.path.parent)]
+        return shlex.join(["suasion", "run", str(self.path / "recipe.yaml"), *elsewhere, *options])
 
     def write_recipe(self, recipe: Recipe) -> None:
         """The resolved recipe, beside the stages."""

@@ -1,4 +1,4 @@
-"""`suasion status RUN`: what is finished, what is next. Reads recipe.yaml, manifests and timings; imports nothing heavy."""
+"""`suasion status RUN|RECIPE`: what is finished, what is next. Reads recipe.yaml, manifests and timings; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,28 @@ from rich.table import Table
 from suasion.errors import UsageError, UserError
 from suasion.pipeline import stages
 from suasion.progress import duration
-from suasion.recipe import Recipe, validate_recipe
+from suasion.recipe import Recipe, load_recipe, validate_recipe
 from suasion.rundir import RunDir
+
+RUNS = Path("runs")  # where `suasion run` puts a run unless told otherwise
+
+
+def find_run(given: Path) -> Path:
+    """The run directory that is meant: the one given, or that of a recipe file. Raises UsageError where there is none."""
+    if (given / "recipe.yaml").is_file():
+        return given
+    if not given.is_file():
+        raise UsageError(
+            f"{given} is not a run directory (it has no recipe.yaml) and no recipe file. Runs stand in {RUNS}/, for example {RUNS}/demo; recipes "
+            "in recipes/, for example recipes/demo.yaml."
+        )
+    name = load_recipe(given).name
+    for path in (given.parent, RUNS / name):
+        if path.resolve().name == name and (path / "recipe.yaml").is_file():
+            return path
+    raise UsageError(
+        f"{given} has no run at {RUNS / name}. Start one with: suasion run {given}. Or give the run directory, where it stands elsewhere."
+    )
 
 
 def load_run(path: Path) -> tuple[RunDir, Recipe]:
@@ -57,6 +77,6 @@ def print_status(path: Path, console: Console) -> None:
     if waiting:
         console.print(f"[yellow]waiting for people:[/] {waiting}")
     elif following:
-        console.print(f"next: {following} (suasion run RECIPE goes on there)")
+        console.print(f"next: {following}. Go on with: {directory.go_on()}", soft_wrap=True)
     else:
         console.print(f"finished; report: {directory.folder('report') / 'index.html'}")

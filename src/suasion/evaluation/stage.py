@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from suasion.grading.canaries import failing, require_canaries
 from suasion.grading.pairs import SampledPair, sampled_pairs
 from suasion.grading.stage import asked_as_canaries, both_orders, canary_count, measured_line, training_of
 from suasion.labeling.agreement import Labelled, compare
-from suasion.labeling.final import Heard, agreement_row, hear, read_said
+from suasion.labeling.final import Answers, agreement_row, hear, read_said
 from suasion.labeling.stage import chose_first
-from suasion.models import compute, load_tokenizer
+from suasion.models import Compute, Lineage, compute, load_tokenizer
 from suasion.progress import console
 from suasion.records import Example, OutcomePair, Prompt, Response, Verdict, read_json, read_rows, write_json, write_rows
 from suasion.rundir import JOURNAL, MANIFEST, StageContext, StageResult, package_versions
@@ -36,137 +37,55 @@ from suasion.sections.grading import AnyGrader, LlmGrader, title
 from suasion.training.dpo import start_lineage
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What the evaluation grader said. facts: how good it is, for the summary; agreement: with the label sources; dollars: what it cost."""
+
+    verdicts: list[ModelVerdict]
+    facts: dict[str, Any]
+    agreement: list[dict[str, Any]]
+    dollars: float
+
+
 def run_stage(stage: StageContext) -> StageResult:
     """See the module's docstring."""
+    examples = sorted(read_rows(stage.input("pools", "eval.jsonl"), Example), key=lambda example: example.prompt().id)
     if stage.earlier is not None:
-        return _told_again(stage, stage.earlier)
+        return _told_again(stage, examples, stage.earlier)
     recipe = stage.recipe
     hardware = compute(recipe.model)
     renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)
-    examples = sorted(read_rows(stage.input("pools", "eval.jsonl"), Example), key=lambda example: example.prompt().id)
-    prompts = [example.prompt() for example in examples]
-    trained = {item.stage for item in stage.inputs if item.file == "adapter"}
-    models = [name for name in recipe.model_names() if name == "base" or name in trained or f"dpo-{name}" in trained]
-    lineages = {name: start_lineage(stage, name) for name in models}
-
-    # Nothing is drawn again here: a model that does not stop must show it.
-    settings = recipe.sample.model_copy(update={"resample": 0})
     journal = Journal(stage.folder / JOURNAL)
-    said: dict[str, dict[str, Response]] = {}
-    for name in models:
-        rows = respond(
-            name,
-            lineages[name],
-            prompts,
-            1,
-            settings,
-            recipe.model,
-            renderer,
-            hardware,
-            recipe.seed,
-            journal,
-            f"responses of {name}",
-            recipe.processes.count,
-        ).rows
-        said[name] = {row.prompt_id: row for row in rows}
-
-    spec, scope = recipe.evaluate.grader, f"{recipe.name} {stage.stage}"
-    training = training_of(stage)
-    grader = build_grader(spec, training, recipe.seed, scope, recipe.processes.count)
-    asked: list[tuple[str, str, str, str]] = []
-    items: list[Comparison] = []
-    for example, prompt in zip(examples, prompts, strict=True):
-        texts = {name: said[name][prompt.id].text for name in models} | ({HUMAN: example.reply} if example.reply else {})
-        context = as_text(prompt.turns)
-        for first, second in combinations(texts, 2):
-            asked.append((prompt.id, prompt.conversation_id, first, second))
-            items.append(Comparison(context, texts[first] or "", texts[second] or ""))
-    pairs = sampled_pairs(stage)
-    ours = [pair.comparison() for pair in pairs]
-    announce(grader, spec, training, recipe.seed, [*asked_as_canaries(spec, items), *items, *ours])
-    measured = measure(spec, training, recipe.seed, grader, scope)
-    console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
-    canaries = require_canaries(grader, items, recipe.evaluate.allow_failed_canaries, canary_count(spec))
-    judged_items = grader.grade(items)
-    verdicts = [
-        ModelVerdict(
-            prompt_id=prompt_id, conversation_id=conversation, first=first, second=second, label=judged.label, p_a=judged.p_a, reason=judged.reason
-        )
-        for (prompt_id, conversation, first, second), judged in zip(asked, judged_items, strict=True)
-    ]  # fmt: skip
-
-    agreement = judge_agreement(stage, grader, pairs)
-    facts = {
-        "grader": {
-            "name": title(spec),
-            **(measured.as_facts() if measured else {}),
-            **order_facts(judged_items, spec),
-            "canaries": canaries,
-            "canaries_failed": failing(canaries),
-            "same_as_labelling_grader": recipe.ai_labels.grader == spec,
-        },
-        "arms": {
-            arm.name: arm_facts(stage.facts[f"dpo-{arm.name}"], said[arm.name], said["sft"])
-            for arm in recipe.dpo
-            if arm.name in models
-        },
-        "labels": {
-            source: known
-            for source, name in (("ai", "ai-labels"), ("human", "human-labels"))
-            if (known := stage.facts.get(name)) is not None and not (source == "human" and stage.waiting)
-        },
-        "preferences": read_json(stage.input("preferences", "counts.json")),
-        "agreement": agreement,
-        "counts": {name: stage.facts[name] for name in ("pools", "sft", "sample") if name in stage.facts},
-        "waiting": {name: stage.waiting for name in recipe.model_names() if name not in models},
-        "packages": package_versions(),
-    }
-    texts_measured = measure_texts(
-        recipe, examples, said, lineages, list(read_rows(stage.input("pools", "judge_pairs.jsonl"), OutcomePair)), renderer, hardware, journal
-    )  # fmt: skip
-    heard = listen(stage, prompts, said)
-    shared = agreement_row(heard, verdicts, source_name(spec.kind), recipe.seed)
-    summary = summarise(recipe, examples, said, verdicts, facts, texts_measured, heard.verdicts, heard.facts, shared)
-    _write_heard(stage.folder, heard)
-    write_rows(stage.folder / "responses.jsonl", [said[name][prompt.id] for name in models for prompt in prompts])
-    write_json(stage.folder / "models.json", {"models": {name: lineages[name].hash for name in models}})
-    write_rows(stage.folder / "verdicts.jsonl", verdicts)
-    write_json(stage.folder / "summary.json", summary)
+    lineages = {name: start_lineage(stage, name) for name in trained_models(stage)}
+    said = {name: answers(stage, examples, name, lineage, renderer, hardware, journal) for name, lineage in lineages.items()}
+    judged = judge(stage, examples, said)
+    pairs = list(read_rows(stage.input("pools", "judge_pairs.jsonl"), OutcomePair))
+    measured = measure_texts(recipe, examples, said, lineages, pairs, renderer, hardware, journal)
+    summary = summarise(recipe, examples, said, judged.verdicts, summary_facts(stage, said, judged), measured)
+    models = {name: lineage.hash for name, lineage in lineages.items()}
+    write_rows(stage.folder / "responses.jsonl", [own[example.prompt().id] for own in said.values() for example in examples])
+    write_json(stage.folder / "models.json", {"models": models})
+    write_rows(stage.folder / "verdicts.jsonl", judged.verdicts)
+    _conclude(stage, examples, said, judged.verdicts, summary)
     return StageResult(
         rows_in=len(examples),
-        rows_out=len(verdicts),
-        dollars=sum(one.cost for one in judged_items),
+        rows_out=len(judged.verdicts),
+        dollars=judged.dollars,
         facts={
-            "models": {name: lineages[name].hash for name in models},
+            "models": models,
             "template_hash": renderer.template_hash,
-            "grader": facts["grader"],
-            "agreement": agreement,
+            "grader": judged.facts,
+            "agreement": judged.agreement,
         },
     )
 
 
-def listen(stage: StageContext, prompts: list[Prompt], said: dict[str, dict[str, Response]]) -> Heard:
-    """What people said of these responses, and a line about it."""
-    heard = hear(stage.folder.parent, stage.recipe, prompts, said)
-    if heard.missing:
-        console.print(f"  people's verdicts count once all are there: {heard.missing} are missing")
-    elif heard.verdicts:
-        console.print(f"  people judged {heard.facts['asked'] - heard.facts['skipped']} comparisons")
-    return heard
-
-
-def _told_again(stage: StageContext, earlier: Path) -> StageResult:
+def _told_again(stage: StageContext, examples: list[Example], earlier: Path) -> StageResult:
     """The earlier evaluation with what people said since: no model and no grader is asked again."""
     for name in ("responses.jsonl", "models.json", "verdicts.jsonl"):
         shutil.copy2(earlier / name, stage.folder / name)
-    recipe, said = stage.recipe, read_said(earlier)
-    examples = list(read_rows(stage.input("pools", "eval.jsonl"), Example))
     verdicts = list(read_rows(earlier / "verdicts.jsonl", ModelVerdict))
-    heard = listen(stage, [example.prompt() for example in examples], said)
-    shared = agreement_row(heard, verdicts, source_name(recipe.evaluate.grader.kind), recipe.seed)
-    summary = with_people(read_json(earlier / "summary.json"), recipe, examples, verdicts, heard.verdicts, heard.facts, shared)
-    _write_heard(stage.folder, heard)
-    write_json(stage.folder / "summary.json", summary)
+    _conclude(stage, examples, read_said(earlier), verdicts, read_json(earlier / "summary.json"))
     manifest = read_json(earlier / MANIFEST)
     return StageResult(
         rows_in=manifest["rows_in"],
@@ -175,10 +94,113 @@ def _told_again(stage: StageContext, earlier: Path) -> StageResult:
     )
 
 
-def _write_heard(folder: Path, heard: Heard) -> None:
+def _conclude(
+    stage: StageContext, examples: list[Example], said: Answers, verdicts: list[ModelVerdict], summary: dict[str, Any]
+) -> None:
+    """Add what people said of these responses to the summary, or to one that was told before, and write both."""
+    recipe = stage.recipe
+    heard = hear(stage.folder.parent, recipe, [example.prompt() for example in examples], said)
+    if heard.missing:
+        console.print(f"  people's verdicts count once all are there: {heard.missing} are missing")
+    elif heard.verdicts:
+        console.print(f"  people judged {heard.facts['asked'] - heard.facts['skipped']} comparisons")
+    if heard.verdicts or stage.earlier is not None:  # they may have taken back what was told before
+        shared = agreement_row(heard, verdicts, source_name(recipe.evaluate.grader.kind), recipe.seed)
+        summary = with_people(summary, recipe, examples, verdicts, heard.verdicts, heard.facts, shared)
     if heard.verdicts:
-        write_rows(folder / "people.jsonl", heard.verdicts)
-        write_rows(folder / "labels.jsonl", heard.labels)
+        write_rows(stage.folder / "people.jsonl", heard.verdicts)
+        write_rows(stage.folder / "labels.jsonl", heard.labels)
+    write_json(stage.folder / "summary.json", summary)
+
+
+def trained_models(stage: StageContext) -> list[str]:
+    """base, and every model whose adapter is among the stage's inputs, in the order of the tables."""
+    trained = {item.stage for item in stage.inputs if item.file == "adapter"}
+    return [name for name in stage.recipe.model_names() if name == "base" or name in trained or f"dpo-{name}" in trained]
+
+
+def answers(
+    stage: StageContext,
+    examples: list[Example],
+    model: str,
+    lineage: Lineage,
+    renderer: Renderer,
+    hardware: Compute,
+    journal: Journal,
+) -> dict[str, Response]:
+    """One response of a model to every prompt, by prompt id. Nothing is drawn again here: a model that does not stop must show it."""
+    recipe = stage.recipe
+    settings = recipe.sample.model_copy(update={"resample": 0})
+    made = respond(
+        model, lineage, [example.prompt() for example in examples], 1, settings, recipe.model, renderer, hardware, recipe.seed, journal,
+        f"responses of {model}", recipe.processes.count,
+    )  # fmt: skip
+    return {row.prompt_id: row for row in made.rows}
+
+
+def judge(stage: StageContext, examples: list[Example], said: Answers) -> Judged:
+    """The grader's verdict on every two texts of a prompt, the human reply among them, once it has passed its canaries."""
+    recipe = stage.recipe
+    spec, scope = recipe.evaluate.grader, f"{recipe.name} {stage.stage}"
+    training = training_of(stage)
+    grader = build_grader(spec, training, recipe.seed, scope, recipe.processes.count)
+    asked, items = comparisons(examples, said)
+    pairs = sampled_pairs(stage)
+    announce(
+        grader, spec, training, recipe.seed, [*asked_as_canaries(spec, items), *items, *(pair.comparison() for pair in pairs)]
+    )
+    measured = measure(spec, training, recipe.seed, grader, scope)
+    console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
+    canaries = require_canaries(grader, items, recipe.evaluate.allow_failed_canaries, canary_count(spec))
+    judged = grader.grade(items)
+    verdicts = [
+        ModelVerdict(
+            prompt_id=prompt.id, conversation_id=prompt.conversation_id, first=first, second=second, label=one.label, p_a=one.p_a, reason=one.reason
+        )
+        for (prompt, first, second), one in zip(asked, judged, strict=True)
+    ]  # fmt: skip
+    facts = {
+        "name": title(spec),
+        **(measured.as_facts() if measured else {}),
+        **order_facts(judged, spec),
+        "canaries": canaries,
+        "canaries_failed": failing(canaries),
+        "same_as_labelling_grader": recipe.ai_labels.grader == spec,
+    }
+    return Judged(verdicts, facts, judge_agreement(stage, grader, pairs), sum(one.cost for one in judged))
+
+
+def comparisons(examples: list[Example], said: Answers) -> tuple[list[tuple[Prompt, str, str]], list[Comparison]]:
+    """Every two speakers on every prompt, as (prompt, first, second), and what a grader reads of them."""
+    asked, items = [], []
+    for example in examples:
+        prompt = example.prompt()
+        texts = {name: own[prompt.id].text for name, own in said.items()} | ({HUMAN: example.reply} if example.reply else {})
+        context = as_text(prompt.turns)
+        for first, second in combinations(texts, 2):
+            asked.append((prompt, first, second))
+            items.append(Comparison(context, texts[first], texts[second]))
+    return asked, items
+
+
+def summary_facts(stage: StageContext, said: Answers, judged: Judged) -> dict[str, Any]:
+    """What earlier stages and the grader found out, as the summary keeps it."""
+    recipe = stage.recipe
+    labels = {"ai": "ai-labels"} | ({} if stage.waiting else {"human": "human-labels"})
+    return {
+        "grader": judged.facts,
+        "arms": {
+            arm.name: arm_facts(stage.facts[f"dpo-{arm.name}"], said[arm.name], said["sft"])
+            for arm in recipe.dpo
+            if arm.name in said
+        },
+        "labels": {source: stage.facts[name] for source, name in labels.items() if name in stage.facts},
+        "preferences": read_json(stage.input("preferences", "counts.json")),
+        "agreement": judged.agreement,
+        "counts": {name: stage.facts[name] for name in ("pools", "sft", "sample") if name in stage.facts},
+        "waiting": {name: stage.waiting for name in recipe.model_names() if name not in said},
+        "packages": package_versions(),
+    }
 
 
 def order_facts(judged: Sequence[Judgement], spec: AnyGrader) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def evaluated(directory: RunDir) -> tuple[list[Prompt], dict[str, dict[str, Resp
     """The sealed prompts and what each model said to them, from a finished evaluation. Raises UserError where there is none."""
     if directory.state("evaluate") != "complete":
         raise UserError(
-            f"{directory.path} has no evaluation yet: there is nothing to compare. Finish it with: suasion run RECIPE"
+            f"{directory.path} has no evaluation yet: there is nothing to compare. Finish it with: {directory.go_on()}"
         )
     prompts = [example.prompt() for example in read_rows(directory.folder("pools") / "eval.jsonl", Example)]
     return prompts, read_said(directory.folder("evaluate"))

@@ -105,7 +105,7 @@ def load_work(run: Path, purpose: Purpose = "labels", prompts: int | None = None
         )
     if directory.state("sample") != "complete":
         raise UserError(
-            f"{run} has no responses to label yet (stage sample is {directory.state('sample')}). Run it first: suasion run RECIPE"
+            f"{run} has no responses to label yet (stage sample is {directory.state('sample')}). Run it first: {directory.go_on()}"
         )
     sample, pools = directory.folder("sample"), directory.folder("pools")
     pairs = read_sampled_pairs(sample / "pairs.jsonl", sample / "responses.jsonl", [pools / "rlhf.jsonl"])

@@ -40,7 +40,7 @@ def read_run(path: Path) -> FinishedRun:
     """Raises UserError where the evaluation is not finished."""
     directory, recipe = load_run(path)
     if directory.state("evaluate") != "complete":
-        raise UserError(f"{path} has no evaluation yet, so there is nothing to compare. Finish it with: suasion run RECIPE")
+        raise UserError(f"{path} has no evaluation yet, so there is nothing to compare. Finish it with: {directory.go_on()}")
     return FinishedRun(path.name, recipe, _manifests(directory), read_json(directory.folder("evaluate") / "summary.json"))
 
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
+from suasion.memory import OUT_OF_MEMORY, free_memory, is_out_of_memory
 from suasion.models import Compute
 from suasion.progress import console
 from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
@@ -103,7 +103,7 @@ class LocalSampler:
                 drawn += decode(
                     self.model, part, self.settings, self.seed, self.renderer.stop_id, self.renderer.tokenizer.pad_token_id, self.hardware
                 )  # fmt: skip
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator has no type of its own
+            except OUT_OF_MEMORY as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = True
@@ -121,19 +121,6 @@ class LocalSampler:
             f"  [yellow]{reason} with {len(part)} responses at once: {self.most} from here on. sample.batch_size={self.most} saves the detour.[/]"
         )
         return part[: self.most]
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or in the CPU's allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def free_memory(device: str) -> int:
-    """Bytes that a batch may still take, what torch holds in reserve included."""
-    if device == "cuda":
-        reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return int(torch.cuda.mem_get_info()[0]) + reserved
-    return int(psutil.virtual_memory().available)
 
 
 def memory_needed(config: Any, batch: Sequence[Draw], settings: SampleSection, dtype: str) -> int:

@@ -42,7 +42,7 @@ from suasion.training.losses import (
     soft_loss,
     zero_margin_loss,
 )
-from suasion.training.pairs import Logprobs, PairIds, baselines, pair_ids, score
+from suasion.training.pairs import Logprobs, PairIds, baselines, first_loss, pair_ids, score
 from suasion.training.prefix import reply_logits, token_kl
 from suasion.training.processes import save_trained
 from suasion.training.reference import cache_file, check_stored_logprobs, shared_logprobs
@@ -103,7 +103,8 @@ class DpoTrainer(WholeSteps, Trainer):  # type: ignore[misc]
         arm, dtype = self.arm, self.hardware.dtype
         known = torch.tensor([(pair.start or _known(pair)).sums() for pair in pairs], device=sums.device, dtype=sums.dtype)
         gaps = (sums.detach() - known).abs() - logprob_rounding(lengths, dtype)
-        allowed = loss_rounding(lengths, dtype, arm.loss, arm.beta).tolist()
+        expected = torch.tensor([pair.first_loss for pair in pairs], device=sums.device, dtype=sums.dtype)
+        allowed = loss_rounding(lengths, dtype, arm.loss, arm.beta, expected, arm.label_smoothing).tolist()
         for pair, gap, loss, tolerance in zip(pairs, gaps.amax(1).tolist(), losses.tolist(), allowed, strict=True):
             if not (gap <= 0 and abs(loss - pair.first_loss) <= tolerance):
                 raise UserError(
@@ -219,15 +220,8 @@ def target(preference: Preference, arm: DpoArm) -> float:
 
 def with_reference(pair: PairIds, reference: Logprobs, started: Logprobs, arm: DpoArm) -> PairIds:
     """The pair with its reference log-probs and the loss that they and the start model's give: at zero margin where both are one."""
-    sums, heads = (
-        torch.tensor([[a - b for a, b in zip(one, other, strict=True)]], dtype=torch.float64)
-        for one, other in ((started.sums(), reference.sums()), (started.heads(), reference.heads()))
-    )
-    lengths = torch.tensor([[len(pair.chosen), len(pair.rejected)]])
-    ratios = effective_logprobs(sums, heads, lengths, arm.loss, arm.length_alpha)
-    targets = torch.tensor([pair.target], dtype=torch.float64)
-    loss = soft_loss(ratios[:, 0] - ratios[:, 1], targets, arm.loss, arm.beta, arm.label_smoothing)
-    return replace(pair, reference=reference, start=started, first_loss=float(loss))
+    lengths = (len(pair.chosen), len(pair.rejected))
+    return replace(pair, reference=reference, start=started, first_loss=first_loss(started, reference, lengths, pair.target, arm))
 
 
 def print_baselines(arm: str, baseline: dict[str, float], pairs: int) -> None:

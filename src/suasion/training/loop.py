@@ -42,6 +42,11 @@ def policy_of(recipe: Recipe, start: Lineage, lora: LoraSection | None, hardware
     return policy if recipe.processes.profile == "fsdp2" else round_for_training(policy, hardware)
 
 
+def training_seed(seed: int, purpose: str) -> int:
+    """The seed of a training, which also orders its rows; purpose: "sft" or "dpo-<arm>"."""
+    return derive_seed(seed, "training", purpose) % 2**31
+
+
 def arguments(
     kind: type[TrainingArguments],
     section: TrainingSection,
@@ -54,7 +59,7 @@ def arguments(
 ) -> Any:
     """Trainer arguments of one training; everything that is not a default of the library stands here."""
     steps = optimiser_steps(rows, section)
-    seed32 = derive_seed(seed, "training", purpose) % 2**31
+    seed32 = training_seed(seed, purpose)
     save_every = math.ceil(steps / (section.checkpoints + 1)) if section.checkpoints else 0
     return kind(
         output_dir=str(folder / CHECKPOINTS),

@@ -35,13 +35,19 @@ def logprob_rounding(lengths: torch.Tensor, dtype: str) -> torch.Tensor:
     return SIGMAS * PASS_ROUNDING[dtype] * lengths.sqrt()
 
 
-def loss_rounding(lengths: torch.Tensor, dtype: str, loss: str, beta: float) -> torch.Tensor:
-    """By how much a pair's first loss may differ from what the stored log-probabilities give. lengths: [n, 2] tokens; returns [n].
+def loss_rounding(
+    lengths: torch.Tensor, dtype: str, loss: str, beta: float, expected: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """By how much a pair's first loss may differ from what the stored log-probabilities give. lengths: [n, 2] tokens; expected: [n] losses.
 
-    The margin's rounding times the steepest slope that the loss has there: beta, or 1/beta for IPO at zero margin.
+    Returns [n]: the margin's rounding d times the steepest slope that the loss can have. That is beta for sigmoid-type losses, and
+    (1-e)/(1-2e) beta for robust. IPO, (h - c)^2 or a mean of two such, moves by at most d (2 sqrt(loss) + d): d/beta + d^2 at zero margin.
     """
     terms = 1 / lengths if loss == "length-normalised" else lengths
-    return logprob_rounding(terms.sum(1), dtype) * (1 / beta if loss == "ipo" else beta)
+    rounding = logprob_rounding(terms.sum(1), dtype)
+    if loss == "ipo":
+        return rounding * (2 * expected.sqrt() + rounding)
+    return rounding * beta * (1 - label_smoothing) / (1 - 2 * label_smoothing)
 
 
 def effective_logprobs(

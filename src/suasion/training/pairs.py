@@ -12,6 +12,8 @@ from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.models import Compute
 from suasion.records import Preference, Response
+from suasion.sections.training import DpoArm
+from suasion.training.losses import effective_logprobs, soft_loss
 from suasion.training.prefix import Packed, pack, reply_logits, sum_by_reply, token_logprobs, within
 
 
@@ -107,6 +109,20 @@ def score(model: Any, batch: Sequence[PairIds], hardware: Compute) -> tuple[torc
     shorter = torch.tensor([min(len(pair.chosen), len(pair.rejected)) for pair in batch for _ in range(2)])
     heads = sum_by_reply(tokens * within(packed, shorter), packed)
     return sum_by_reply(tokens, packed).view(-1, 2), heads.view(-1, 2), packed, logits
+
+
+def first_loss(started: Logprobs, reference: Logprobs, lengths: tuple[int, int], target: float, arm: DpoArm) -> float:
+    """The loss of a pair before any update, from what its start and reference models give it: at zero margin where both are one model.
+
+    lengths: tokens of (chosen, rejected). target: probability that the chosen response is the better one.
+    """
+    sums, heads = (
+        torch.tensor([[a - b for a, b in zip(one, other, strict=True)]], dtype=torch.float64)
+        for one, other in ((started.sums(), reference.sums()), (started.heads(), reference.heads()))
+    )
+    ratios = effective_logprobs(sums, heads, torch.tensor([lengths]), arm.loss, arm.length_alpha)
+    targets = torch.tensor([target], dtype=torch.float64)
+    return float(soft_loss(ratios[:, 0] - ratios[:, 1], targets, arm.loss, arm.beta, arm.label_smoothing))
 
 
 def baselines(pairs: Sequence[PairIds]) -> dict[str, float]:

@@ -9,8 +9,6 @@ the same micro-batches and takes its share, none is dropped or doubled at an epo
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from suasion.errors import UserError
+from suasion.memory import OUT_OF_MEMORY, is_out_of_memory, peak_memory_mb
 from suasion.models import Compute
 from suasion.sections.training import CPU_TOKENS, GPU_TOKENS, TrainingSection
 from suasion.seeding import derive_seed
@@ -167,7 +166,7 @@ class WholeSteps:
     def _memory_advice(self, rows: list[Any]) -> Iterator[None]:
         try:
             yield
-        except (MemoryError, RuntimeError) as error:
+        except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
             tokens = [self.row_tokens(row) for row in rows]
@@ -176,16 +175,3 @@ class WholeSteps:
                 f"with {max(tokens)}. Lower micro_batch_tokens (now {token_budget(self.section, self.hardware)}; results stay the same), or "
                 "model.max_length (long rows are then left out); run again: it goes on from the last checkpoint."
             ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory did not suffice. torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def peak_memory_mb(device: str) -> float:
-    """Peak of the device's memory so far, in MB; on a CPU the peak of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
