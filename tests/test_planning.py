@@ -122,10 +122,14 @@ def test_mean_lengths_are_of_rendered_examples_with_a_reply(recipe: Recipe, rend
 
 
 def test_what_is_detectable_names_its_assumptions(recipe: Recipe) -> None:
-    lines = detectable(recipe)
+    lines = detectable(recipe, 0.65, 0.1)
     count = len(primary_pairs(recipe))
     assert lines[1] == (f"{count} primary comparisons, a perfect judge, no ties", detectable_win_rate(8, comparisons=count))
     assert "if the judge is right 65% of the time and 10% are ties" in lines[2][0]
+    many = recipe.model_copy(update={"pools": recipe.pools.model_copy(update={"eval": 200})})
+    rates = [detectable(many, accuracy, ties)[2][1] for accuracy, ties in ((0.9, 0.0), (0.9, 0.4), (0.75, 0.4))]
+    assert rates == sorted(rates)  # a worse judge and more ties hide more
+    assert rates[0] < rates[1] < rates[2]
 
 
 def test_warnings(recipe: Recipe) -> None:

@@ -137,6 +137,13 @@ def plan(
             help="With --on: this machine is one of that kind; measure it and take its shares of the peaks.",
         ),
     ] = None,
+    accuracy: Annotated[
+        float | None,
+        typer.Option("--judge-accuracy", min=0.5, max=1, help="How often the judge is right, as `grade bench` says; else 0.65."),
+    ] = None,
+    ties: Annotated[
+        float | None, typer.Option("--judge-ties", min=0, max=0.99, help="Share of ties among its verdicts; else 0.1.")
+    ] = None,
 ) -> None:
     """Say what a recipe would take before it runs: rows, optimiser steps, hours a stage, disk, and what it could detect.
 
@@ -147,7 +154,7 @@ def plan(
 
     loaded = load_recipe(recipe, tuple(set_ or ()))
     if on is None:
-        print_plan(make_plan(loaded, runs), console)
+        print_plan(make_plan(loaded, runs, accuracy=accuracy, ties=ties), console)
         return
     from suasion.machines import TABLE, load_machines
     from suasion.prediction import lines, measured_shares, read_sizes

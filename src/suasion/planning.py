@@ -29,7 +29,7 @@ from suasion.sections.sampling import EndpointEngine
 FEW_STEPS = 20
 NOTHING_FITS = "this corpus cannot fill the pools, with smaller sizes neither: use a larger corpus, or widen corpus.reply_tokens."
 DECODE_TOKENS = 24
-ASSUMED_ACCURACY = 0.65  # of a judge; what a trained grader reaches is known once it is trained
+ASSUMED_ACCURACY = 0.65  # of a judge; what a trained grader reaches is known once it is trained (`grade bench`)
 ASSUMED_TIES = 0.1
 MODEL_LOAD_SECONDS = 3.0
 IMPORT_SECONDS = 12.0
@@ -113,8 +113,10 @@ def read_corpus(recipe: Recipe) -> CorpusFacts:
     return CorpusFacts(count, attainable(components, recipe.pools, recipe.seed), lengths, imported)
 
 
-def make_plan(recipe: Recipe, runs: Path, seconds: float = 20.0) -> Plan:
-    """Measure this machine for about so many seconds and plan a recipe.
+def make_plan(
+    recipe: Recipe, runs: Path, seconds: float = 20.0, accuracy: float | None = None, ties: float | None = None
+) -> Plan:
+    """Measure this machine for about so many seconds and plan a recipe. accuracy, ties: of the judge; assumed where nobody knows.
 
     Raises UserError where the model, the corpus or imported labels cannot be read.
     """
@@ -128,7 +130,7 @@ def make_plan(recipe: Recipe, runs: Path, seconds: float = 20.0) -> Plan:
         disk_bytes=disk_bytes(recipe, corpus.examples),
         free_bytes=shutil.disk_usage(_existing(runs)).free,
         attainable=sizes,
-        detectable=detectable(recipe),
+        detectable=detectable(recipe, ASSUMED_ACCURACY if accuracy is None else accuracy, ASSUMED_TIES if ties is None else ties),
     )
     if (labels := imported_labels(recipe)) and corpus.imported is None:
         plan.warnings.append(f"no human labels at {labels.path} yet: planned as if there were one for each of the rlhf prompts.")
@@ -166,8 +168,8 @@ def warnings(recipe: Recipe, plan: Plan) -> list[str]:
     return found
 
 
-def detectable(recipe: Recipe) -> list[tuple[str, float | None]]:
-    """Under which assumption -> the smallest true win rate that the evaluation can see."""
+def detectable(recipe: Recipe, accuracy: float, ties: float) -> list[tuple[str, float | None]]:
+    """Under which assumption -> the smallest true win rate that the evaluation can see. accuracy, ties: shares of the judge's verdicts."""
     from suasion.evaluation.summary import primary_pairs
 
     prompts, comparisons = recipe.pools.eval, len(primary_pairs(recipe))
@@ -175,8 +177,8 @@ def detectable(recipe: Recipe) -> list[tuple[str, float | None]]:
         ("one comparison, a perfect judge, no ties", detectable_win_rate(prompts)),
         (f"{comparisons} primary comparisons, a perfect judge, no ties", detectable_win_rate(prompts, comparisons=comparisons)),
         (
-            f"{comparisons} primary comparisons, if the judge is right {ASSUMED_ACCURACY:.0%} of the time and {ASSUMED_TIES:.0%} are ties",
-            detectable_win_rate(prompts, comparisons=comparisons, grader_accuracy=ASSUMED_ACCURACY, tie_rate=ASSUMED_TIES),
+            f"{comparisons} primary comparisons, if the judge is right {accuracy:.0%} of the time and {ties:.0%} are ties",
+            detectable_win_rate(prompts, comparisons=comparisons, grader_accuracy=accuracy, tie_rate=ties),
         ),
     ]
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -320,8 +321,9 @@ def refuse_stale(stage: str, changes: list[str]) -> UsageError:
     )
 
 
+@cache
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that can change a result."""
+    """Versions of the packages that can change a result; looked up once, as they were imported once."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -331,8 +333,9 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+@cache
 def git_commit() -> str:
-    """Commit of the source tree, marked where the package's files differ from it; '' outside one."""
+    """Commit of the source tree, marked where the package's files differ from it; '' outside one. Asked once a process."""
     here = Path(__file__).parent
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False, timeout=10)

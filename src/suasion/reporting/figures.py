@@ -17,6 +17,8 @@ from xml.sax.saxutils import escape
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -323,7 +325,8 @@ def finished(figure: Figure, name: str, title: str, alt: str) -> Drawing:
     """The figure as a Drawing: equal figures have equal bytes."""
     svg, png = io.BytesIO(), io.BytesIO()
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not again for each format
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
+    figure.set_layout_engine("none")  # laid out once, not again for each format; savefig would draw each twice to make sure
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    figure.set_dpi(200)
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     return Drawing(name, title, alt, svg.getvalue(), png.getvalue())
