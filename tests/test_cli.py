@@ -43,6 +43,21 @@ def test_help_names_every_command_and_the_first_steps():
         assert word in done.stdout
 
 
+def test_the_version_is_the_packages():
+    from suasion import __version__
+
+    done = suasion("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"suasion {__version__}")
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "report"])
+def test_a_run_may_be_named_by_its_recipe(command, tmp_path):
+    assert "RUN|RECIPE" in suasion(command, "--help").stdout
+    done = suasion(command, str(REPOSITORY / "recipes" / "tiny.yaml"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has no run at runs/tiny. Start one with: suasion run" in flat(done)
+
+
 @pytest.mark.parametrize(
     "command", ["run", "plan", "status", "verify", "report", "show", "export", "fetch", "corpus stats", "label serve"]
 )

@@ -7,7 +7,6 @@ interrupted. Work is resumable after every one of them.
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
+from suasion import __version__
 from suasion.errors import UsageError, UserError
 from suasion.grading.commands import app as grade_app
 from suasion.labeling.commands import app as label_app
@@ -66,7 +66,7 @@ RunsOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Wher
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.print(f"suasion {importlib.metadata.version('suasion')}")
+        console.print(f"suasion {__version__}")
         raise typer.Exit
 
 

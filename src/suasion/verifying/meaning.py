@@ -7,11 +7,12 @@ from typing import Any
 
 from suasion.pools import eval_seal
 from suasion.records import Example, OutcomePair, Preference, Prompt, Response, read_rows
+from suasion.rundir import EVAL_POOL, MAY_READ_EVAL_POOL
 from suasion.verifying.evidence import Evidence
 
 
 def pools(run: Evidence) -> Iterator[str]:
-    """No conversation and no author in two pools; grader pairs from the SFT pool only, judge pairs from none."""
+    """No conversation and no author in two pools; grader pairs are of the SFT pool's conversations, judge pairs of none in any pool."""
     folder = run.directory.folder("pools")
     rows: dict[str, list[Any]] = {
         "sft": list(read_rows(folder / "sft.jsonl", Example)),
@@ -19,21 +20,20 @@ def pools(run: Evidence) -> Iterator[str]:
         "rlaif": list(read_rows(folder / "rlaif.jsonl", Prompt)),
         "rlhf": list(read_rows(folder / "rlhf.jsonl", Prompt)),
     }
-    for key in ("conversation_id", "author"):
-        seen: dict[tuple[str, str], str] = {}
+    where: dict[str, dict[tuple[str, str], str]] = {"conversation_id": {}, "author": {}}
+    for key, seen in where.items():
         for pool, members in rows.items():
             for row in members:
                 other = seen.setdefault((row.corpus, getattr(row, key)), pool)
                 if other != pool:
                     yield f"{key} {getattr(row, key)} is in the pools {other} and {pool}"
-    sft = {(row.corpus, row.conversation_id) for row in rows["sft"]}
-    every = {(row.corpus, row.conversation_id) for members in rows.values() for row in members}
-    for pair in read_rows(folder / "grader_pairs.jsonl", OutcomePair):
-        if (pair.corpus, pair.conversation_id) not in sft:
-            yield f"grader pair {pair.id} is of a conversation outside the SFT pool"
-    for pair in read_rows(folder / "judge_pairs.jsonl", OutcomePair):
-        if (pair.corpus, pair.conversation_id) in every:
-            yield f"judge pair {pair.id} is of a conversation that is in a pool"
+    for kind, home in (("grader", "sft"), ("judge", "none")):
+        for pair in read_rows(folder / f"{kind}_pairs.jsonl", OutcomePair):
+            pool = where["conversation_id"].get((pair.corpus, pair.conversation_id), "none")
+            if pool != home:
+                yield f"{kind} pair {pair.id} is of a conversation in pool {pool}, not {home}"
+            elif where["author"].get((pair.corpus, pair.group), home) != home:
+                yield f"{kind} pair {pair.id} is of an author in pool {where['author'][pair.corpus, pair.group]}"
 
 
 def seal(run: Evidence) -> Iterator[str]:
@@ -41,6 +41,10 @@ def seal(run: Evidence) -> Iterator[str]:
     examples = list(read_rows(run.path("pools", "eval.jsonl"), Example))
     if eval_seal(examples) != run.manifests["pools"].facts.get("eval_seal"):
         yield "the evaluation pool is not the one that was sealed"
+    file = f"{run.directory.folders[EVAL_POOL.stage]}/{EVAL_POOL.file}"
+    for name, manifest in run.manifests.items():
+        if file in manifest.inputs and name not in MAY_READ_EVAL_POOL:
+            yield f"{name} read the evaluation pool"
     sealed = {example.prompt().id for example in examples}
     if "sample" in run.manifests:
         for response in read_rows(run.path("sample", "responses.jsonl"), Response):
