@@ -40,7 +40,7 @@ def test_every_shipped_recipe_loads_and_its_resolved_copy_is_equal(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_arm_takes_at_least_twelve_optimiser_steps(path):
-    from suasion.training.loop import optimiser_steps
+    from suasion.sections.training import optimiser_steps
 
     loaded = load_recipe(path)
     for arm in loaded.dpo:

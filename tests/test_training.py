@@ -15,10 +15,10 @@ from small_training import CPU, LORA, interrupt, nonzero_adapter, preference_pai
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged, load_policy, round_for_training, save_adapter
 from suasion.records import Example, Preference, Response, Turn
-from suasion.sections.training import DpoArm, LoraSection, SftSection
-from suasion.training.dpo import kl_to_start, print_baselines, target, warn, with_reference
-from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint, optimiser_steps
-from suasion.training.pairs import Logprobs, PairIds, baselines, pair_ids, score
+from suasion.sections.training import DpoArm, LoraSection, SftSection, optimiser_steps
+from suasion.training.dpo import kl_to_start, print_baselines, warn, with_reference
+from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint
+from suasion.training.pairs import Logprobs, PairIds, baselines, pair_ids, score, target
 from suasion.training.reference import cache_file, check_stored_logprobs, reference_logprobs
 from suasion.training.sft import IGNORED, PackedSftTrainer, training_rows
 from suasion.training.steps import EpochOrder, plan_micro_batches

@@ -20,7 +20,6 @@ from suasion.models import Lineage, adapter_hash, base_hash, is_whole_model, loa
 from suasion.recipe import Recipe
 from suasion.records import write_json
 from suasion.rundir import RunDir
-from suasion.training.dpo import adapter_stages
 
 
 def export(directory: RunDir, recipe: Recipe, model: str, to: Path, merged: bool) -> list[Path]:
@@ -29,7 +28,7 @@ def export(directory: RunDir, recipe: Recipe, model: str, to: Path, merged: bool
         raise UsageError(f"{directory.path} has no model '{model}'. Its models: {', '.join(recipe.model_names())}.")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(f"--to {to}: something is there already. Name a folder that does not exist yet.")
-    names = adapter_stages(recipe, model)
+    names = recipe.adapter_stages(model)
     for name in names:
         if directory.state(name) != "complete":
             raise UserError(

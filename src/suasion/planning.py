@@ -25,6 +25,7 @@ from suasion.records import Example, OutcomePair, RowFile
 from suasion.sections.grading import families
 from suasion.sections.labeling import ImportedLabels
 from suasion.sections.sampling import EndpointEngine
+from suasion.sections.training import optimiser_steps
 
 FEW_STEPS = 20
 NOTHING_FITS = "this corpus cannot fill the pools, with smaller sizes neither: use a larger corpus, or widen corpus.reply_tokens."
@@ -228,7 +229,6 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int, impor
     writes at rates.decode. Responses are assumed as long as the corpus's replies, and a tenth of them to be drawn again.
     """
     from suasion.training.dpo import KL_PAIRS
-    from suasion.training.loop import optimiser_steps
 
     prompts = recipe.pools.rlaif + recipe.pools.rlhf
     response = min(lengths.reply, recipe.sample.max_new_tokens)

@@ -108,6 +108,12 @@ class Recipe(Section):
         """All compared models, in the order of the tables."""
         return ["base", "sft", *(arm.name for arm in self.dpo)]
 
+    def adapter_stages(self, model: str) -> list[str]:
+        """Stages whose adapters make up a model, oldest first: rlaif-rlhf -> [sft, dpo-rlaif, dpo-rlaif-rlhf]."""
+        if model in ("base", "sft"):
+            return ["sft"] if model == "sft" else []
+        return [*self.adapter_stages(self.arm(model).start), f"dpo-{model}"]
+
     def arm(self, name: str) -> DpoArm:
         """The arm of this name."""
         return next(arm for arm in self.dpo if arm.name == name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -71,6 +72,11 @@ class TrainingSection(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm from which gradients are scaled down.")
     checkpoints: int = Field(4, ge=0, description="How often a training saves its state, evenly spread, so that it can resume.")
     report_to: Literal["none", "wandb", "trackio"] = Field("none", description="Experiment tracker, besides metrics.jsonl.")
+
+
+def optimiser_steps(rows: int, section: TrainingSection) -> int:
+    """Optimiser steps of a training on `rows` rows; the last batch of an epoch may be smaller."""
+    return math.ceil(section.epochs * math.ceil(rows / section.batch_size))
 
 
 class SftSection(TrainingSection):

@@ -22,7 +22,6 @@ from suasion.records import Turn, content_id
 from suasion.sampling.draws import Draw, Sampler
 from suasion.sampling.respond import sampler_for
 from suasion.status import load_run
-from suasion.training.dpo import adapter_stages
 
 LONGEST_MESSAGE = 8_000  # characters; the model's own limit is counted in tokens and comes first for most
 
@@ -59,10 +58,10 @@ class Talk:
         self.finished = [
             name
             for name in recipe.model_names()
-            if all(directory.state(stage) == "complete" for stage in adapter_stages(recipe, name))
+            if all(directory.state(stage) == "complete" for stage in recipe.adapter_stages(name))
         ]
         self._lineages = {
-            name: Lineage(recipe.model, tuple(directory.folder(stage) / "adapter" for stage in adapter_stages(recipe, name)))
+            name: Lineage(recipe.model, tuple(directory.folder(stage) / "adapter" for stage in recipe.adapter_stages(name)))
             for name in self.finished
         }
         self.renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)

@@ -30,10 +30,10 @@ from suasion.models import Compute, Lineage, compute, load_merged, load_to_score
 from suasion.progress import console
 from suasion.records import Preference, read_rows
 from suasion.rundir import StageContext, StageResult
-from suasion.sections.training import DpoArm
+from suasion.sections.training import DpoArm, optimiser_steps
 from suasion.seeding import derive_seed
 from suasion.training.attention import attention_of
-from suasion.training.loop import arguments, optimiser_steps, policy_of, speed_file, train
+from suasion.training.loop import arguments, policy_of, speed_file, train
 from suasion.training.losses import (
     effective_logprobs,
     logprob_rounding,
@@ -42,7 +42,7 @@ from suasion.training.losses import (
     soft_loss,
     zero_margin_loss,
 )
-from suasion.training.pairs import Logprobs, PairIds, baselines, first_loss, pair_ids, score
+from suasion.training.pairs import Logprobs, PairIds, baselines, first_loss, pair_ids, score, target
 from suasion.training.prefix import reply_logits, token_kl
 from suasion.training.processes import save_trained
 from suasion.training.reference import cache_file, check_stored_logprobs, shared_logprobs
@@ -203,21 +203,6 @@ def run_stage(stage: StageContext) -> StageResult:
     )
 
 
-def target(preference: Preference, arm: DpoArm) -> float:
-    """Probability that the chosen response is the better one: the grader's where the arm takes soft labels, else 1.
-
-    Raises UserError where soft labels are asked for and nobody gave a probability.
-    """
-    if not arm.soft_labels:
-        return 1.0
-    if preference.p is None:
-        raise UserError(
-            f"dpo {arm.name}: soft_labels is set, but preference {preference.id} has no probability ({', '.join(preference.sources)} gave none). "
-            f"Set dpo.{arm.name}.soft_labels to false, or label with a grader that gives probabilities."
-        )
-    return preference.p
-
-
 def with_reference(pair: PairIds, reference: Logprobs, started: Logprobs, arm: DpoArm) -> PairIds:
     """The pair with its reference log-probs and the loss that they and the start model's give: at zero margin where both are one."""
     lengths = (len(pair.chosen), len(pair.rejected))
@@ -239,16 +224,7 @@ def print_baselines(arm: str, baseline: dict[str, float], pairs: int) -> None:
 
 def start_lineage(stage: StageContext, model: str) -> Lineage:
     """The lineage of base, sft or an arm of this run, from the stage's declared inputs."""
-    return Lineage(stage.recipe.model, tuple(stage.input(name, "adapter") for name in adapter_stages(stage.recipe, model)))
-
-
-def adapter_stages(recipe: Any, model: str) -> list[str]:
-    """Stages whose adapters make up a model, oldest first: rlaif-rlhf -> [sft, dpo-rlaif, dpo-rlaif-rlhf]."""
-    if model == "base":
-        return []
-    if model == "sft":
-        return ["sft"]
-    return [*adapter_stages(recipe, recipe.arm(model).start), f"dpo-{model}"]
+    return Lineage(stage.recipe.model, tuple(stage.input(name, "adapter") for name in stage.recipe.adapter_stages(model)))
 
 
 @torch.no_grad()

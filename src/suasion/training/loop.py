@@ -22,29 +22,18 @@ from suasion.models import Compute, Lineage, load_policy, round_for_training
 from suasion.recipe import Recipe
 from suasion.records import canonical_json
 from suasion.rundir import CHECKPOINTS
-from suasion.sections.training import LoraSection, TrainingSection
-from suasion.seeding import derive_seed
+from suasion.sections.training import LoraSection, TrainingSection, optimiser_steps
 from suasion.training.processes import barrier, rank
-from suasion.training.steps import OWN, SPEED
+from suasion.training.steps import OWN, SPEED, training_seed
 
 MARK = "complete"
 KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "epoch")
-
-
-def optimiser_steps(rows: int, section: TrainingSection) -> int:
-    """Optimiser steps of a training on `rows` rows; the last batch of an epoch may be smaller."""
-    return math.ceil(section.epochs * math.ceil(rows / section.batch_size))
 
 
 def policy_of(recipe: Recipe, start: Lineage, lora: LoraSection | None, hardware: Compute) -> Any:
     """The policy of a training: `load_policy`, its frozen layers rounded once where compute is bf16. FSDP2 wants one type a layer: there they are not."""
     policy = load_policy(start, lora, recipe.seed, hardware.device)
     return policy if recipe.processes.profile == "fsdp2" else round_for_training(policy, hardware)
-
-
-def training_seed(seed: int, purpose: str) -> int:
-    """The seed of a training, which also orders its rows; purpose: "sft" or "dpo-<arm>"."""
-    return derive_seed(seed, "training", purpose) % 2**31
 
 
 def arguments(

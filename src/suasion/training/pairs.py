@@ -111,6 +111,21 @@ def score(model: Any, batch: Sequence[PairIds], hardware: Compute) -> tuple[torc
     return sum_by_reply(tokens, packed).view(-1, 2), heads.view(-1, 2), packed, logits
 
 
+def target(preference: Preference, arm: DpoArm) -> float:
+    """Probability that the chosen response is the better one: the grader's where the arm takes soft labels, else 1.
+
+    Raises UserError where soft labels are asked for and nobody gave a probability.
+    """
+    if not arm.soft_labels:
+        return 1.0
+    if preference.p is None:
+        raise UserError(
+            f"dpo {arm.name}: soft_labels is set, but preference {preference.id} has no probability ({', '.join(preference.sources)} gave none). "
+            f"Set dpo.{arm.name}.soft_labels to false, or label with a grader that gives probabilities."
+        )
+    return preference.p
+
+
 def first_loss(started: Logprobs, reference: Logprobs, lengths: tuple[int, int], target: float, arm: DpoArm) -> float:
     """The loss of a pair before any update, from what its start and reference models give it: at zero margin where both are one model.
 

@@ -52,6 +52,11 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, processes: int = 1) 
     return [batches[process::processes] for process in range(processes)]
 
 
+def training_seed(seed: int, purpose: str) -> int:
+    """The seed of a training, which also orders its rows; purpose: "sft" or "dpo-<arm>"."""
+    return derive_seed(seed, "training", purpose) % 2**31
+
+
 class EpochOrder(Sampler[list[int]]):
     """Batches of row numbers, in an order that is a function of (seed, epoch, row id): a resumed training sees the same."""
 

@@ -10,8 +10,7 @@ from suasion.corpora.stats import PAIRS, PROMPTS
 from suasion.records import Example, Pair, read_json, read_json_lines, read_rows
 from suasion.rundir import Manifest
 from suasion.sections.labeling import ImportedLabels
-from suasion.sections.training import TrainingSection
-from suasion.training.loop import optimiser_steps
+from suasion.sections.training import TrainingSection, optimiser_steps
 from suasion.verifying.evidence import Evidence
 
 Files = tuple[tuple[str, str], ...]  # of (stage, file)

@@ -16,11 +16,9 @@ import torch
 from suasion.records import Preference, Response, read_json_lines, read_rows
 from suasion.rundir import Manifest
 from suasion.sections.training import DpoArm
-from suasion.training.dpo import target
-from suasion.training.loop import training_seed
 from suasion.training.losses import logprob_tolerance, loss_rounding
-from suasion.training.pairs import Logprobs, first_loss
-from suasion.training.steps import EpochOrder
+from suasion.training.pairs import Logprobs, first_loss, target
+from suasion.training.steps import EpochOrder, training_seed
 from suasion.verifying.evidence import Evidence
 
 

@@ -98,6 +98,5 @@ def rendering(run: Evidence) -> Iterator[str]:
 def lineage(run: Evidence, base: str, model: str) -> str:
     """The lineage hash of a model, from the adapters on disk."""
     from suasion.models import lineage_hash
-    from suasion.training.dpo import adapter_stages
 
-    return lineage_hash(base, [run.directory.folder(name) / "adapter" for name in adapter_stages(run.recipe, model)])
+    return lineage_hash(base, [run.directory.folder(name) / "adapter" for name in run.recipe.adapter_stages(model)])
