@@ -26,7 +26,7 @@ from suasion.verifying.losses import can_be_computed
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 QUICK = (
-    "model.dtype=float32", "dpo.rlaif-rlhf.reference=sft", "sft.epochs=1", "sample.max_new_tokens=48", "evaluate.bootstrap=20", "evaluate.likelihood_pairs=2",
+    "dpo.rlaif-rlhf.reference=sft", "sft.epochs=1", "evaluate.bootstrap=100", "evaluate.likelihood_pairs=2",
     *(f"dpo.{arm}.epochs=1" for arm in ("rlhf", "rlaif-rlhf", "rlaif-matched")),
 )  # fmt: skip
 TITLES = {
