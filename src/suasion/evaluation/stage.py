@@ -11,7 +11,7 @@ them). Their verdicts can only come after the responses: the stage then takes it
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -220,7 +220,7 @@ def order_facts(judged: Sequence[Judgement], spec: AnyGrader) -> dict[str, Any]:
     }
 
 
-def arm_facts(trained: dict[str, Any], own: dict[str, Response], sft: dict[str, Response]) -> dict[str, Any]:
+def arm_facts(trained: dict[str, Any], own: Mapping[str, Response], sft: Mapping[str, Response]) -> dict[str, Any]:
     """What an arm's training did to the model: the report calls an arm that did not move by that name."""
     changed = [own[prompt_id].text != sft[prompt_id].text for prompt_id in own]
     return {

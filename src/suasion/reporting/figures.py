@@ -326,7 +326,7 @@ def finished(figure: Figure, name: str, title: str, alt: str) -> Drawing:
     svg, png = io.BytesIO(), io.BytesIO()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not again for each format; savefig would draw each twice to make sure
-    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
     figure.set_dpi(200)
-    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return Drawing(name, title, alt, svg.getvalue(), png.getvalue())
