@@ -15,6 +15,8 @@ from types import ModuleType
 
 import pytest
 
+from suasion.records import Response
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZE = 6_000
 
@@ -29,6 +31,7 @@ def script(name: str) -> ModuleType:
 
 
 synthetic, corpus, sampling, training = script("synthetic"), script("corpus"), script("sampling"), script("training")
+batch_sizes = script("batch_sizes")
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +210,18 @@ def test_sides_are_compared_by_tokens_a_second(tmp_path: Path) -> None:
     assert ours.split("|")[5:7] == [" 2.5 ", " 50% "]
     assert one.split("|")[5] == " 0.7 "
     assert one.split("|")[8] == " 3.75 "
+
+
+def test_responses_of_two_batch_sizes_are_compared_draw_by_draw() -> None:
+    def said(n: int, tokens: tuple[int, ...], seed: int = 1) -> Response:
+        return Response(id=f"{n}", prompt_id="p", n=n, text="", finish="stop", tokens=tokens, logprob=0.0, lineage="l", seed=seed)
+
+    ours = [said(n, (n, 7)) for n in range(4)]
+    line = batch_sizes.row("float32", 8, 32, ours, [*ours[:3], said(3, (3, 8))])
+    assert line == "| float32 | 8, 32 | 4 | 8 | 1 | 4 |"
+    assert batch_sizes.row("float32", 8, 32, ours, ours).endswith("| 0 | none in 4 |")
+    with pytest.raises(ValueError, match="not the same draws"):
+        batch_sizes.row("float32", 8, 32, ours, [*ours[:3], said(3, (3, 7), seed=2)])
 
 
 @pytest.mark.slow

@@ -77,6 +77,28 @@ def test_a_row_stops_at_the_stop_token_while_others_go_on(model):
         assert drawn.finish == ("stop" if stop in reference.tokens else "length")
 
 
+def test_prompts_are_read_once_and_finished_rows_leave(model):
+    """The model computes one row a prompt first, and then those rows alone that have not ended."""
+    settings = SampleSection(temperature=1.0, top_p=1.0, max_new_tokens=10)
+    stop = decode(model, draws(4, 3), settings, 0, -1, 2, CPU)[1].tokens[3]
+    watched = Watched(model)
+    said = [len(drawn.tokens) for drawn in decode(watched, draws(4, 3), settings, 0, stop, 2, CPU)]
+    assert min(said) < 10
+    assert watched.shapes[0] == (4, max(len(draw.prompt) for draw in draws(4, 3)))
+    assert watched.shapes[1:] == [(sum(length > step for length in said), 1) for step in range(1, max(said))]
+
+
+class Watched:
+    """The model, with the shape of what it was given at each call."""
+
+    def __init__(self, model):
+        self.model, self.device, self.config, self.shapes = model, model.device, model.config, []
+
+    def __call__(self, **inputs):
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        return self.model(**inputs)
+
+
 def test_two_responses_of_a_prompt_differ_and_repeat_exactly(model):
     settings = SampleSection(temperature=1.0, top_p=1.0, max_new_tokens=8)
     first = decode(model, draws(2, 2), settings, 9, -1, 2, CPU)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from suasion.corpora import own
@@ -28,9 +29,9 @@ def write(folder: Path, *rows: Any, name: str = "examples.jsonl") -> Path:
     return folder
 
 
-def read(path: Path, corpus: str = "jsonl") -> tuple[list[Example], list[OutcomePair], Tally]:
+def read(path: Path, corpus: str = "jsonl", **options: Any) -> tuple[list[Example], list[OutcomePair], Tally]:
     tally = Tally()
-    found = list(own.extract(path, tally, corpus))
+    found = list(own.extract(path, tally, corpus, **options))
     return [row for rows, _ in found for row in rows], [row for _, rows in found for row in rows], tally
 
 
@@ -113,6 +114,64 @@ def test_a_row_twice_is_one_row_and_a_contradiction_is_an_error(tmp_path: Path) 
     write(tmp_path / "c", {**LEAST, "id": "1"}, {**LEAST, "id": "1", "conversation_id": "c2"})
     with pytest.raises(UserError, match=r"line 2: has the id of .*line 1 \(1\) but another conversation_id"):
         read(tmp_path / "c")
+
+
+@pytest.mark.parametrize("bucket_bytes", [50, 10**9])
+def test_a_contradiction_is_found_wherever_its_rows_stand(tmp_path: Path, bucket_bytes: int) -> None:
+    """Rows of different conversations are never in memory together where the file is read in parts."""
+    rows = [{**LEAST, "id": f"r{i}", "conversation_id": f"c{i}"} for i in range(60)]
+    write(tmp_path, *rows, {**rows[0], "reply": "Another one."}, {**rows[7], "conversation_id": "c8"}, rows[3])
+    tally = Tally()
+    with pytest.raises(UserError, match=r"line 61: has the id of .*line 1 \(r0\) but another reply"):
+        next(own.extract(tmp_path, tally, "jsonl", bucket_bytes))
+    write(tmp_path, *rows, {**rows[7], "conversation_id": "c8"}, rows[3])
+    with pytest.raises(UserError, match=r"line 61: has the id of .*line 8 \(r7\) but another conversation_id"):
+        next(own.extract(tmp_path, tally, "jsonl", bucket_bytes))
+    pair = {**PAIR, "id": "r1"}  # ids of examples and of pairs are apart
+    write(tmp_path, pair, pair, name="outcome_pairs.jsonl")
+    examples, pairs, tally = read(write(tmp_path, *rows, rows[3]), bucket_bytes=bucket_bytes)
+    assert (len(examples), len(pairs)) == (60, 1)
+    assert +tally.dropped == {"example that occurs twice": 1, "pair that occurs twice": 1}
+
+
+def test_hashes_that_agree_by_chance_are_no_contradiction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "_hash64", lambda data: len(data) if b"{" in data else 1)
+    examples, _, _ = read(write(tmp_path, LEAST, {**LEAST, "reply": "No."}, {**LEAST, "reply": "Perhaps not."}))
+    assert len(examples) == 3
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(30)), bucket_bytes=st.sampled_from([300, 3000, 10**9]))
+def test_neither_row_order_nor_parts_change_what_is_read(tmp_path: Path, order: list[int], bucket_bytes: int) -> None:
+    replies = [None if i % 5 == 0 else f"R\u00e9ply {i}" for i in range(30)]
+    rows = [
+        {**LEAST, "corpus": f"k{i % 2}", "conversation_id": f"c{i % 7}", "reply": replies[i], "outcome": i / 7} for i in range(30)
+    ]
+    write(tmp_path, *(rows[i] for i in order))
+    write(tmp_path, *({**PAIR, "loser": f"Not {i}", "conversation_id": f"c{i}"} for i in range(3)), name="outcome_pairs.jsonl")
+    found = list(own.extract(tmp_path, tally := Tally(), "jsonl", bucket_bytes))
+    assert all(len({(row.corpus, row.conversation_id) for row in (*examples, *pairs)}) == 1 for examples, pairs in found)
+    assert len(found) == tally.read["conversations"] == 14 + 3  # the pairs are of corpus jsonl
+    assert {row.outcome: (row.corpus, row.conversation_id, row.reply) for rows, _ in found for row in rows} == {
+        i / 7: (f"k{i % 2}", f"c{i % 7}", replies[i]) for i in range(30)
+    }
+    assert sorted(pair.loser for _, pairs in found for pair in pairs) == ["Not 0", "Not 1", "Not 2"]
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        folder = write(tmp_path / str(count))
+        with (folder / "examples.jsonl").open("w") as file:
+            for i in range(count):
+                file.write(json.dumps({**LEAST, "conversation_id": f"c{i // 5}", "reply": f"{i} " + "word " * 200}) + "\n")
+        tracemalloc.start()
+        total = sum(len(examples) for examples, _ in own.extract(folder, Tally(), "jsonl", bucket_bytes=500_000))
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert total == count
+        return size
+
+    assert peak(8_000) < 1.5 * peak(2_000)
 
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:

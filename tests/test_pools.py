@@ -171,6 +171,25 @@ def test_order_of_rows_changes_nothing(tmp_path: Path) -> None:
     }
 
 
+def test_evaluation_takes_replies_that_did_not_persuade_last_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [example(f"c{i}", outcome=float(i < 5)) for i in range(40)]
+    section = PoolsSection(sft="rest", rlaif=4, rlhf=4, eval=5)
+    for size, told in ((5, False), (8, True)):
+        stage = write_stage(tmp_path / str(size), section.model_copy(update={"eval": size}), rows, [])
+        facts = run_stage(stage).facts
+        assert (
+            facts["eval_replies_that_persuaded"]
+            == sum((row.outcome or 0) > 0 for row in read_rows(stage.folder / "eval.jsonl", Example))
+            == 5
+        )
+        assert (
+            "3 of 8 evaluation prompts have a human reply that is not known to have persuaded"
+            in " ".join(capsys.readouterr().out.split())
+        ) == told
+
+
 def test_another_seed_draws_others(tmp_path: Path) -> None:
     rows, pairs = corpus()
     seals = {run_stage(write_stage(tmp_path / str(seed), SECTION, rows, pairs, seed)).facts["eval_seal"] for seed in range(3)}

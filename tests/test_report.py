@@ -390,6 +390,13 @@ def test_shared_persuadees_stand_beside_the_pools():
     assert "persuadees" not in pools.note
 
 
+def test_evaluation_replies_that_did_not_persuade_are_told():
+    for won, told in ((115, False), (100, True)):
+        facts = {**MADE, "counts": {"pools": {**MADE["counts"]["pools"], "eval_replies_that_persuaded": won}}}
+        (pools,) = (table for table in making(COUNTS, facts, make_recipe(), {}) if table.name == "pools")
+        assert ("Of the 115 human replies in eval 100 are known to have persuaded" in pools.note) == told
+
+
 def test_how_it_was_made_stands_in_compact_tables():
     tables = made()
     assert tables["corpora"] == [

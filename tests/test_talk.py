@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 import uvicorn
 from rich.console import Console
+from rich.text import Text
 
 from suasion.errors import UsageError, UserError
 from suasion.labeling.guard import BODY_LIMIT
@@ -21,9 +23,10 @@ from suasion.models import Lineage, load_policy, save_adapter
 from suasion.recipe import dump_recipe, validate_recipe
 from suasion.records import Turn, write_json
 from suasion.sampling.draws import Drawn
+from suasion.talking import talk as talking
 from suasion.talking.app import STREAM, make_app
 from suasion.talking.talk import Talk
-from suasion.talking.terminal import chat
+from suasion.talking.terminal import Tail, chat
 
 TOKEN = "let-me-in"
 HOSTILE = "</template><script>document.title='owned'</script> {{ 7 * 7 }} <img src=x onerror=alert(1)>"
@@ -31,8 +34,11 @@ HOSTILE = "</template><script>document.title='owned'</script> {{ 7 * 7 }} <img s
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny):
+    return make_run(tmp_path_factory.mktemp("talk") / "secret-name", tiny)
+
+
+def make_run(folder, tiny):
     """A run of the tiny model whose sft changed nothing and whose arm `loud` changed much; `later` is not trained yet."""
-    folder = tmp_path_factory.mktemp("talk") / "secret-name"
     arm = {"labels": "ai", "pool": "rlaif"}
     recipe = validate_recipe(
         {
@@ -85,6 +91,20 @@ def scripted(run, *names, blind=False, pause=0.0):
     return talk
 
 
+@contextlib.contextmanager
+def serving(talk):
+    """The talk's page on loopback: its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(make_app(talk, TOKEN, {"127.0.0.1"}), log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
 def test_only_finished_models_can_be_talked_to(run):
     assert Talk(run).names == ["base", "sft", "loud"]
     assert Talk(run, ["loud", "base"]).names == ["base", "loud"]  # in the order of the tables
@@ -104,6 +124,19 @@ def test_models_draw_with_the_same_numbers_and_differ_by_weights_alone(run):
         assert 1 <= len(grown[place]) <= 12  # token by token
         assert reply.text.startswith(grown[place][0].strip())
         assert grown[place][-1] == reply.text.rstrip("\ufffd")  # cut off within a letter: not shown
+
+
+def test_models_make_room_for_each_other_where_memory_is_short(run, monkeypatch):
+    said = []
+    for free in (10**12, 0):
+        monkeypatch.setattr(talking, "free_memory", lambda device, free=free: free)
+        talk = Talk(run)
+        talk.number = "a fixed one"
+        rounds = [talk.say(message, lambda *_: None) for message in ("Cycle lanes are a waste.", "Every one of them.")]
+        said.append([reply.text for this in rounds for _, reply in sorted(this.replies.items())])
+        in_memory = [name for name in talk.names if talk._samplers[name].model is not None]
+        assert in_memory == (talk.names if free else talk.names[-1:])
+    assert said[0] == said[1]
 
 
 def test_each_model_sees_the_messages_and_its_own_replies_only(run):
@@ -194,24 +227,31 @@ def test_a_wide_terminal_shows_replies_side_by_side_and_ctrl_c_stops_one(run):
     assert talk.rounds[0].replies[1].finish == "stopped"
 
 
+def test_a_reply_longer_than_the_window_shows_its_end_and_is_printed_once(run):
+    output = io.StringIO()
+    console = Console(file=output, width=60, height=8, force_terminal=True, color_system=None)
+    long = "\n".join(f"line {number}." for number in range(30))
+    shown = ["".join(segment.text for segment in line).strip() for line in console.render_lines(Tail(Text(long)))]
+    assert shown == [f"line {number}." for number in range(23, 30)]
+    talk = scripted(run, "base", "sft")
+    for name in talk.names:
+        talk._samplers[name].speak = lambda draw, hear: hear(long) or Drawn(draw, None, "stop", None, 0, long)
+    lines = iter(["A view.", "/quit"])
+    chat(talk, console, lambda _: next(lines))
+    assert output.getvalue().count("line 0.") == 2  # one for each model, after they have ended
+    assert output.getvalue().count("line 29.") > 2
+
+
 @pytest.fixture
 def serve(run):
-    servers = []
+    with contextlib.ExitStack() as servers:
 
-    def start(**settings):
-        talk = scripted(run, **settings)
-        listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_app(talk, TOKEN, {"127.0.0.1"}), log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        servers.append((server, thread))
-        client = httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", follow_redirects=True, trust_env=False)
-        return talk, client
+        def start(**settings):
+            talk = scripted(run, **settings)
+            address = servers.enter_context(serving(talk))
+            return talk, httpx.Client(base_url=address, follow_redirects=True, trust_env=False)
 
-    yield start
-    for server, thread in servers:
-        server.should_exit = True
-        thread.join(10)
+        yield start
 
 
 def entered(client):

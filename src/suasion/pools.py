@@ -20,6 +20,7 @@ from typing import Any
 
 from suasion.errors import UserError
 from suasion.linking import Component, Conversation, Entry, Key, link
+from suasion.progress import console
 from suasion.records import Example, OutcomePair, RowFile, canonical_json, turns_key, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
 from suasion.sections.corpus import PoolsSection
@@ -43,6 +44,11 @@ def run_stage(stage: StageContext) -> StageResult:
         lacking = pools.lacking(section)
         if lacking:
             raise UserError(_too_small(lacking, components, section, seed))
+        if unknown := sum((entry.outcome or 0) <= 0 for entry in pools.eval):
+            console.print(
+                f"  [yellow]{unknown} of {len(pools.eval)} evaluation prompts have a human reply that is not known to have persuaded: "
+                "the corpus has no more that did, and a smaller pools.eval takes these first.[/]"
+            )
         sealed = [examples[entry.place] for entry in pools.eval]
         rows_out = sum(
             (

@@ -1,8 +1,8 @@
 """A streaming reader of ConvoKit's on-disk format, which the real corpora and the bundled miniature ones share.
 
 Reads `utterances.jsonl`, `conversations.json`, `index.json` and `speakers.json` (older corpora: `users.json`, and the keys `user`
-and `root`). Memory does not grow with the number of utterances: a large file is first dealt out to temporary files by
-conversation, and one of those at a time is held. What comes out does not depend on the order of the rows.
+and `root`). Memory does not grow with the number of utterances: a large file is dealt out by conversation (`buckets.py`) and read in
+parts. What comes out does not depend on the order of the rows.
 
 A line that is not JSON stops the reader with file and line. Everything else that real data holds (missing parents, cycles, null
 texts, deleted authors, lone surrogates, pickled metadata) is repaired or dropped, and every drop is counted by its reason.
@@ -10,14 +10,11 @@ texts, deleted authors, lone surrogates, pickled metadata) is repaired or droppe
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import marshal
 import re
-import struct
 import tempfile
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,19 +22,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from suasion.corpora.buckets import BUCKET_BYTES, Packed, buckets_for, dealt
 from suasion.errors import UserError
 from suasion.records import read_json_lines, read_json_members
 
 FILES = ("utterances.jsonl", "conversations.json", "index.json", "speakers.json", "users.json")
 GONE = frozenset({"", "[deleted]", "[removed]", "[missing]"})
-BUCKET_BYTES = 64 * 2**20  # of the utterance file; parsed, a bucket takes about twice as much
-MOST_BUCKETS = 200  # files open at once; macOS allows 256
 
 Meta = dict[str, Any]
-Packed = tuple[str, bytes]  # a conversation's id, and metadata or an utterance in marshal's format
-
-_LENGTHS = struct.Struct("<QQ")
-
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
 _CONTROL = bytes([*range(0x09), *range(0x0B, 0x20), 0x7F])  # what of _INVISIBLE is ASCII
 _PICKLED = re.compile(r"<##bin\{\d+\}&&@\*\*>")
@@ -105,10 +97,10 @@ def conversations(folder: Path, tally: Tally, bucket_bytes: int = BUCKET_BYTES) 
         _require(folder, file)
     tally.binary_fields = binary_fields(folder)
     tally.read["speakers"] = _count_speakers(folder)
-    count = min(1 + (folder / "utterances.jsonl").stat().st_size // bucket_bytes, MOST_BUCKETS)
+    count = buckets_for((folder / "utterances.jsonl").stat().st_size, bucket_bytes)
     with tempfile.TemporaryDirectory(prefix="suasion-corpus-") as temporary:
-        dealt_metas = _dealt(_metas(folder), Path(temporary) / "metas", count)
-        dealt_runs = _dealt(_runs(folder, tally), Path(temporary) / "utterances", count)
+        dealt_metas = dealt(_metas(folder), Path(temporary) / "metas", count)
+        dealt_runs = dealt(_runs(folder, tally), Path(temporary) / "utterances", count)
         for metas, bucket in zip(map(dict, dealt_metas), map(_grouped, dealt_runs), strict=True):
             tally.read["conversations"] += len(bucket)
             tally.read["conversations without metadata"] += len(bucket.keys() - metas.keys())
@@ -225,28 +217,6 @@ def _metas(folder: Path) -> Iterator[Packed]:
 def _count_speakers(folder: Path) -> int:
     files = [folder / file for file in ("speakers.json", "users.json") if (folder / file).is_file()]
     return sum(1 for _ in read_json_members(files[0])) if files else 0
-
-
-def _dealt(rows: Iterator[Packed], stem: Path, count: int) -> Iterator[Iterator[Packed]]:
-    """Yield the rows in `count` parts that never divide a conversation; more than one part goes through files `stem`.0 and on."""
-    if count == 1:
-        yield rows
-        return
-    paths = [stem.with_suffix(f".{number}") for number in range(count)]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
-        for identity, packed in rows:
-            key = identity.encode()
-            files[zlib.crc32(key) % count].write(_LENGTHS.pack(len(key), len(packed)) + key + packed)
-    for path in paths:
-        yield _read_part(path)
-
-
-def _read_part(path: Path) -> Iterator[Packed]:
-    with path.open("rb") as file:
-        while head := file.read(_LENGTHS.size):
-            key, packed = _LENGTHS.unpack(head)
-            yield file.read(key).decode(), file.read(packed)
 
 
 def _runs(folder: Path, tally: Tally) -> Iterator[Packed]:

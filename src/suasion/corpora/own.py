@@ -11,15 +11,20 @@ owner knows what gives an outcome away.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
+import tempfile
+from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from suasion.corpora.buckets import BUCKET_BYTES, Packed, buckets_for, dealt
 from suasion.corpora.convokit import Tally, tidy
 from suasion.errors import UserError
 from suasion.records import Example, OutcomePair, Row, Turn, example_id, outcome_pair_id, read_json_lines
@@ -29,6 +34,10 @@ FORMAT_PAGE = "docs/own-data.md shows the row format"
 
 OwnRow = Example | OutcomePair
 KINDS: tuple[type[Example] | type[OutcomePair], ...] = (Example, OutcomePair)  # of the files, in their order
+READ = {"example": "examples", "prompt": "prompts without reply", "pair": "outcome pairs"}
+
+_ROW: TypeAdapter[OwnRow] = TypeAdapter(Annotated[OwnRow, Field(discriminator="format")])
+_BETWEEN = "\x1f"  # corpus and conversation id; `tidy` leaves it in no text
 
 
 def files(path: Path) -> list[Path]:
@@ -58,38 +67,97 @@ def rows(path: Path, corpus: str) -> Iterator[tuple[str, OwnRow]]:
             yield where, _row(kind, tidied, where, corpus)
 
 
-def extract(path: Path, tally: Tally, corpus: str) -> Iterator[tuple[list[Example], list[OutcomePair]]]:
-    """Yield the examples and outcome pairs of each conversation, by corpus and id.
+def extract(
+    path: Path, tally: Tally, corpus: str, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[list[Example], list[OutcomePair]]]:
+    """Yield the examples and outcome pairs of each conversation, in an order that depends on corpora and ids only.
 
-    A row that occurs twice is one row. Raises UserError for rows that share an id and differ: they contradict each other.
+    Large files are dealt out by conversation (`buckets.py`): in memory are one part of them, and 16 bytes of each row. A row that
+    occurs twice is one row. Raises UserError, before anything is yielded, for rows that share an id and differ: they contradict each
+    other.
     """
-    found: dict[tuple[str, str], tuple[list[Example], list[OutcomePair]]] = defaultdict(lambda: ([], []))
-    seen: dict[tuple[type, str], tuple[str, OwnRow]] = {}
-    for where, row in rows(path, corpus):
+    count = buckets_for(sum(file.stat().st_size for file in files(path)), bucket_bytes)
+    identities = _Identities()
+    with tempfile.TemporaryDirectory(prefix="suasion-corpus-") as temporary:
+        for number, part in enumerate(dealt(_packed(path, tally, corpus, identities), Path(temporary) / "rows", count)):
+            bucket: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
+            for key, packed in part:
+                bucket[tuple(key.split(_BETWEEN, 1))].append(packed)
+            if number == 0:  # by now every row was read, however many parts there are
+                _refuse_contradictions(path, corpus, identities)
+            tally.read["conversations"] += len(bucket)
+            for conversation in sorted(bucket):
+                yield _sifted(map(_ROW.validate_json, bucket.pop(conversation)), tally)
+
+
+def _packed(path: Path, tally: Tally, corpus: str, identities: _Identities) -> Iterator[Packed]:
+    """Every row as JSON, by its corpus and conversation."""
+    for _, row in rows(path, corpus):
         tally.read["rows"] += 1
-        what = "pair" if isinstance(row, OutcomePair) else "prompt" if row.reply is None else "example"
-        tally.read[{"pair": "outcome pairs", "prompt": "prompts without reply", "example": "examples"}[what]] += 1
-        examples, pairs = found[row.corpus, row.conversation_id]
-        first_where, first = seen.setdefault((type(row), row.id), (where, row))
-        if first != row:
-            differing = ", ".join(name for name in type(row).model_fields if getattr(row, name) != getattr(first, name))
-            raise UserError(
-                f"{where}: has the id of {first_where} ({row.id}) but another {differing}. Keep one of the two rows, or give each an id "
-                "of its own (one that is left out is made from conversation, context and replies)."
-            )
-        if first is not row:
-            tally.dropped[f"{what} that occurs twice"] += 1
+        tally.read[READ[_what(row)]] += 1
+        packed = row.model_dump_json().encode()
+        identities.add(row, packed)
+        yield f"{row.corpus}{_BETWEEN}{row.conversation_id}", packed
+
+
+def _sifted(rows: Iterable[OwnRow], tally: Tally) -> tuple[list[Example], list[OutcomePair]]:
+    """What can be used of one conversation's rows; the rest is counted."""
+    examples: list[Example] = []
+    pairs: list[OutcomePair] = []
+    seen: set[tuple[type, str]] = set()
+    for row in rows:
+        if (type(row), row.id) in seen:
+            tally.dropped[f"{_what(row)} that occurs twice"] += 1
         elif not row.turns or not all(turn.text for turn in row.turns):
-            tally.dropped[f"{what} without a turn, or with an empty one"] += 1
+            tally.dropped[f"{_what(row)} without a turn, or with an empty one"] += 1
         elif isinstance(row, Example):
             examples.append(row)
         elif row.winner == row.loser:
             tally.dropped["pair of equal replies"] += 1
         else:
             pairs.append(row)
-    tally.read["conversations"] += len(found)
-    for key in sorted(found):
-        yield found[key]
+        seen.add((type(row), row.id))
+    return examples, pairs
+
+
+class _Identities:
+    """Of each row, by its number, 64-bit hashes of its id and of its content: which rows may contradict each other."""
+
+    def __init__(self) -> None:
+        self._ids, self._contents = array("Q"), array("Q")
+
+    def add(self, row: OwnRow, packed: bytes) -> None:
+        """The next row, and the same as JSON."""
+        self._ids.append(_hash64(f"{type(row).__name__}{_BETWEEN}{row.id}".encode()))
+        self._contents.append(_hash64(packed))
+
+    def suspects(self) -> list[tuple[int, int]]:
+        """(earlier, later) numbers of rows with one id and different contents, by the later; two of them may look alike by chance."""
+        ids = np.array(self._ids, dtype=np.uint64)
+        order = np.argsort(ids, kind="stable")
+        ids = ids[order]
+        neighbours = ((int(order[place]), int(order[place + 1])) for place in np.flatnonzero(ids[1:] == ids[:-1]))
+        differing = [pair for pair in neighbours if self._contents[pair[0]] != self._contents[pair[1]]]
+        return sorted(differing, key=lambda pair: pair[1])
+
+
+def _refuse_contradictions(path: Path, corpus: str, identities: _Identities) -> None:
+    for suspects in identities.suspects():
+        (first_where, first), (where, row) = [found for number, found in enumerate(rows(path, corpus)) if number in suspects]
+        if type(first) is type(row) and first.id == row.id and first != row:
+            differing = ", ".join(name for name in type(row).model_fields if getattr(row, name) != getattr(first, name))
+            raise UserError(
+                f"{where}: has the id of {first_where} ({row.id}) but another {differing}. Keep one of the two rows, or give each an id "
+                "of its own (one that is left out is made from conversation, context and replies)."
+            )
+
+
+def _what(row: OwnRow) -> str:
+    return "pair" if isinstance(row, OutcomePair) else "prompt" if row.reply is None else "example"
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def _row(kind: type[Example] | type[OutcomePair], value: dict[str, Any], where: str, corpus: str) -> OwnRow:

@@ -234,6 +234,9 @@ def _pools(corpora: dict[str, Any], known: dict[str, Any], recipe: Recipe) -> Ta
         notes.append(f"Conversations that share an author or a near-duplicate text stay in one pool ({groups:,} groups).")
     if _known(left := number(known, "leftover_conversations")):
         notes.append(f"{left:,} conversation{'s are' if left != 1 else ' is'} in none.")
+    won, asked = number(known, "eval_replies_that_persuaded"), number(known, "sizes", "eval")
+    if _known(won) and _known(asked) and won < asked:
+        notes.append(f"Of the {asked:,} human replies in eval {won:,} are known to have persuaded; there were no more.")
     people = mapping(known, "persuadees")
     several, of, other = (number(people, *path) for path in ((EVAL_SHARED,), ("in", "eval"), (EVAL_PERSUADING,)))
     if all(map(_known, (several, of, other))):

@@ -43,7 +43,11 @@ class PoolsSection(Section):
     sft: int | Literal["rest"] = Field("rest", description="Examples for supervised fine-tuning; 'rest' takes all that remain.")
     rlaif: int = Field(2150, ge=1, description="Prompts whose pairs the AI grader labels.")
     rlhf: int = Field(200, ge=1, description="Prompts whose pairs people label.")
-    eval: int = Field(115, ge=1, description="Sealed prompts of the final comparison; each has a real winning reply.")
+    eval: int = Field(
+        115,
+        ge=1,
+        description="Sealed prompts of the final comparison; each has a human reply, one that persuaded as long as there are such.",
+    )
     judge_conversations: int = Field(
         0, ge=0, description="Conversations with outcome pairs kept out of every pool, to train the evaluation grader."
     )

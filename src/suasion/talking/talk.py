@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,11 @@ from suasion.errors import UsageError, UserError
 from suasion.models import Lineage, compute, load_tokenizer
 from suasion.records import Turn, content_id
 from suasion.sampling.draws import Draw, Sampler
+from suasion.sampling.local import LocalSampler, free_memory
 from suasion.sampling.respond import sampler_for
 from suasion.status import load_run
 
+LOADING = 3  # times what a model's weights take in the end: in bf16 they are read in fp32 first
 LONGEST_MESSAGE = 8_000  # characters; the model's own limit is counted in tokens and comes first for most
 
 Hear = Callable[[int, str], None]  # (place, the reply so far)
@@ -156,4 +159,20 @@ class Talk:
             self._samplers[name] = sampler_for(
                 name, self._lineages[name], self.recipe.sample, self.renderer, self._hardware, self.recipe.seed
             )
-        return self._samplers[name]
+        sampler = self._samplers[name]
+        if isinstance(sampler, LocalSampler) and sampler.model is None:
+            self._make_room()
+        return sampler
+
+    def _make_room(self) -> None:
+        """Let the other models go where one more does not fit beside them; they are loaded again when it is their turn."""
+        loaded = [each for each in self._samplers.values() if isinstance(each, LocalSampler) and each.model is not None]
+        largest = max((weights_bytes(each.model) for each in loaded), default=0)
+        if LOADING * largest > free_memory(self._hardware.device):
+            for each in loaded:
+                each.model = None
+
+
+def weights_bytes(model: Any) -> int:
+    """What the weights of a loaded model take."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())

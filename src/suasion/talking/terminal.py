@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.text import Text
 
 from suasion.errors import UserError
@@ -46,22 +47,36 @@ def chat(talk: Talk, console: Console, ask: Callable[[str], str]) -> None:
 
 
 def answer(talk: Talk, message: str, console: Console) -> None:
-    """One round, shown as it grows; Ctrl-C stops it."""
+    """One round, shown as it grows, and whole when it ends; Ctrl-C stops it."""
     said: dict[int, str] = {}
     if not console.is_terminal:
         _print_round(talk, talk.say(message, lambda place, text: None), console)
         return
-    with Live(console=console, refresh_per_second=8, vertical_overflow="visible") as live:
+    with Live(console=console, refresh_per_second=8, transient=True) as live:
 
         def hear(place: int, text: str) -> None:
             said[place] = text
-            live.update(side_by_side(talk, said, {}, console.width))
+            live.update(Tail(side_by_side(talk, said, {}, console.width)))
 
         this = talk.say(message, hear)
-        replies = {place: reply.text for place, reply in this.replies.items()}
-        live.update(
-            side_by_side(talk, said | replies, {place: reply.finish for place, reply in this.replies.items()}, console.width)
-        )
+    replies = {place: reply.text for place, reply in this.replies.items()}
+    console.print(
+        side_by_side(talk, said | replies, {place: reply.finish for place, reply in this.replies.items()}, console.width)
+    )
+
+
+class Tail:
+    """The last lines of something, as many as the window has: a terminal cannot take back what has left it at the top, so that replies
+    longer than the window would be there once for every token."""
+
+    def __init__(self, whole: RenderableType):
+        self.whole = whole
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The lines, for rich."""
+        for line in console.render_lines(self.whole, options, pad=False)[-max(console.height - 1, 1) :]:
+            yield from line
+            yield Segment.line()
 
 
 def side_by_side(talk: Talk, said: dict[int, str], finish: dict[int, str], width: int) -> Columns:
