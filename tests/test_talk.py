@@ -269,6 +269,7 @@ def test_page_streams_and_also_works_without_script(serve):
         "<1>", "<1> heard", "<1> heard 1", "<1> heard 1 messages", "<1> heard 1 messages",
     ]  # fmt: skip
     assert [line["place"] for line in lines if "finish" in line] == [0, 1, 2]
+    assert [line["place"] for line in lines] == [0] * 5 + [1] * 5 + [2] * 5  # each ends before the next begins
     page = client.post("/say", data={"csrf": csrf, "message": HOSTILE}).text
     assert "&lt;2&gt; heard 2 messages" in page
     assert "<script>document" not in page

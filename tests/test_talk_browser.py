@@ -41,6 +41,7 @@ def enter(browser, tmp_path, tiny):
             page = window.new_page()
             page.on("request", lambda request: request.url.startswith(address) or faults.append(request.url))
             page.on("pageerror", lambda error: faults.append(str(error)))
+            page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
             page.goto(f"{address}/in/{TOKEN}")
             return talk, page
 
@@ -76,6 +77,9 @@ def test_replies_grow_side_by_side_and_names_come_when_asked_for(enter):
     while (seen := articles(page))[0][1].count(" ") not in (1, 2):  # the first is being written
         assert seen[0][2] != "", "it ended before anybody saw it grow"
     assert [one[2] for one in seen] == ["writes", "waits", "waits"]
+    while (seen := articles(page))[1][2] == "waits":
+        pass
+    assert seen[0][2] == ""  # it does not write any more
     expect(page.locator("#stop")).to_be_hidden()
     assert [one[0] for one in articles(page)] == ["Model A", "Model B", "Model C"]
     assert [one[1:] for one in articles(page)] == [[f"<{talk.finished.index(name)}> heard 1 messages", ""] for name in talk.names]

@@ -25,13 +25,15 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Resp
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
+from suasion import labeling
 from suasion.errors import UserError
 from suasion.labeling.guard import Attempts, Guard, csrf_token
 from suasion.labeling.server import LOOPBACK, listen
 from suasion.talking.talk import LONGEST_MESSAGE, Talk
 
 PAGES = Path(__file__).parent / "pages"
-STATIC = {"chat.css": "text/css", "chat.js": "text/javascript"}
+LABELING = Path(labeling.__file__).parent / "pages"
+STATIC = {"chat.css": "text/css", "chat.js": "text/javascript", "icon.svg": "image/svg+xml"}
 STREAM = "application/x-ndjson"
 
 
@@ -132,9 +134,11 @@ class Page:
 
         def speak() -> None:
             try:
-                this = self.talk.say(message, lambda place, text: lines.put({"place": place, "text": text}))
-                for place, reply in this.replies.items():
-                    lines.put({"place": place, "text": reply.text, "finish": reply.finish})
+                self.talk.say(
+                    message,
+                    lambda place, text: lines.put({"place": place, "text": text}),
+                    lambda place, reply: lines.put({"place": place, "text": reply.text, "finish": reply.finish}),
+                )
             except UserError as error:
                 lines.put({"error": str(error)})
             finally:
@@ -169,10 +173,12 @@ class Page:
         return RedirectResponse("/", 303)
 
     def static(self, name: str) -> Response:
-        """The style sheet and the script."""
+        """The style sheet, the script, and the labelling page's icon."""
         if name not in STATIC:
             raise HTTPException(404)
-        return FileResponse(PAGES / name, media_type=STATIC[name], headers={"cache-control": "no-cache"})
+        return FileResponse(
+            (LABELING if name == "icon.svg" else PAGES) / name, media_type=STATIC[name], headers={"cache-control": "no-cache"}
+        )
 
     def _known(self, request: Request, form: dict[str, list[str]] | None = None) -> None:
         if not hmac.compare_digest(request.cookies.get(self.cookie, "").encode(), self._secret.encode()):

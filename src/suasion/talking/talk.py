@@ -29,6 +29,7 @@ LOADING = 3  # times what a model's weights take in the end: in bf16 they are re
 LONGEST_MESSAGE = 8_000  # characters; the model's own limit is counted in tokens and comes first for most
 
 Hear = Callable[[int, str], None]  # (place, the reply so far)
+Ended = Callable[[int, "Reply"], None]  # (place, the whole reply)
 
 
 class Stopped(Exception):
@@ -101,8 +102,8 @@ class Talk:
         """End the reply that is under way; the models after it do not speak, and what was said stays."""
         self._stopping.set()
 
-    def say(self, message: str, hear: Hear) -> Round:
-        """Put a message to every model and hand over the replies as they grow; returns the round.
+    def say(self, message: str, hear: Hear, ended: Ended = lambda place, reply: None) -> Round:
+        """Put a message to every model and hand over the replies as they grow and as they end; returns the round.
 
         Raises UserError for a message that is empty or for which the model has no room.
         """
@@ -130,9 +131,12 @@ class Talk:
                     drawn = self._sampler(self.names[place]).speak(self._draw(prompt), listen)
                 except (Stopped, KeyboardInterrupt):  # the page's button, or Ctrl-C in the terminal
                     this.replies[place] = Reply(heard, "stopped")
+                else:
+                    text = drawn.text.strip() if drawn.tokens is None else self.renderer.decode(drawn.tokens)
+                    this.replies[place] = Reply(text, drawn.finish)
+                ended(place, this.replies[place])
+                if this.replies[place].finish == "stopped":
                     break
-                text = drawn.text.strip() if drawn.tokens is None else self.renderer.decode(drawn.tokens)
-                this.replies[place] = Reply(text, drawn.finish)
         return this
 
     def _prompt(self, place: int, message: str) -> tuple[int, ...]:

@@ -52,7 +52,8 @@ def answer(talk: Talk, message: str, console: Console) -> None:
     if not console.is_terminal:
         _print_round(talk, talk.say(message, lambda place, text: None), console)
         return
-    with Live(console=console, refresh_per_second=8, transient=True) as live:
+    empty = Tail(side_by_side(talk, said, {}, console.width))
+    with Live(empty, console=console, refresh_per_second=8, transient=True) as live:
 
         def hear(place: int, text: str) -> None:
             said[place] = text
