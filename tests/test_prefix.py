@@ -10,7 +10,14 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from suasion.errors import UserError
-from suasion.training.losses import effective_logprobs, preference_loss, soft_loss, zero_margin_loss
+from suasion.training.losses import (
+    effective_logprobs,
+    logprob_rounding,
+    loss_rounding,
+    preference_loss,
+    soft_loss,
+    zero_margin_loss,
+)
 from suasion.training.prefix import pack, reply_logits, sum_by_reply, sum_logprobs, token_kl, within
 
 ids = st.lists(st.integers(0, 49), min_size=1, max_size=9)
@@ -114,6 +121,25 @@ def test_zero_margin_value(loss, smoothing):
     assert preference_loss(torch.zeros(3), loss, 0.1, smoothing).tolist() == pytest.approx(
         [zero_margin_loss(loss, 0.1)] * 3, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("p", [1.0, 0.7])
+@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.0), ("ipo", 0.0), ("robust", 0.3), ("length-normalised", 0.0)])
+def test_a_first_loss_may_differ_as_far_as_rounding_moves_its_margin(loss, smoothing, p):
+    """Whatever the margin is: with another reference than the start it is not zero, and IPO is flat where the loss is least."""
+    beta, lengths, targets = 0.1, torch.tensor([[120.0, 80.0]]), torch.tensor([p], dtype=torch.float64)
+    terms = 1 / lengths if loss == "length-normalised" else lengths
+    rounding = logprob_rounding(terms.sum(1), "bfloat16").double()
+    for h in (-40.0, -5.0, 0.0, 5.0, 40.0):  # 5 is where IPO is least
+        margins = torch.tensor([h], dtype=torch.float64)
+        expected = soft_loss(margins, targets, loss, beta, smoothing)
+        moved = max(
+            (soft_loss(margins + d, targets, loss, beta, smoothing) - expected).abs().item() for d in (rounding, -rounding)
+        )
+        allowed = loss_rounding(lengths, "bfloat16", loss, beta, expected, smoothing).item()
+        assert moved <= allowed * (1 + 1e-6)
+        if h == 0:
+            assert allowed <= 6 * moved  # and no more than that order
 
 
 def test_losses_by_hand():
