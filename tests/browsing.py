@@ -15,6 +15,7 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the packages of the extra 'test'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+PATIENCE = 30_000  # milliseconds; a busy machine must not fail a journey
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 

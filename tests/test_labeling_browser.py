@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from browsing import NEEDS_CHROMIUM, PHONE, WIDE, keep, sync_api
+from browsing import NEEDS_CHROMIUM, PATIENCE, PHONE, WIDE, keep, sync_api
 from label_run import GOOD, THREAD, Server, make_run, sampled_pairs
 
 from suasion.labeling.store import Store
@@ -23,7 +23,6 @@ HOSTILE = (
     "<iframe src=http://127.0.0.1:9/></iframe> <style>body{display:none}</style> {{ 7 * 7 }} <svg onload=document.title='owned'>"
 )
 LONG = "\n\n".join(f"Paragraph {n}: " + GOOD.split("\n")[0] for n in range(14))
-PATIENCE = 30_000  # milliseconds; a busy machine must not fail a journey
 sync_api.expect.set_options(timeout=PATIENCE)
 
 

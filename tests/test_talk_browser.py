@@ -1,33 +1,23 @@
 """The chat page in a real browser: replies that grow, names that come when asked for, stopping, errors, no script, a telephone.
 
-Needs Chromium and the extra `test`, as tests/test_labeling_browser.py does. SUASION_SCREENSHOTS=FOLDER keeps pictures.
+Needs what browsing.py says. SUASION_SCREENSHOTS=FOLDER keeps pictures.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 
 import pytest
-from test_labeling_browser import CHROMIUM, PATIENCE, PHONE, WIDE
+from browsing import NEEDS_CHROMIUM, PATIENCE, PHONE, WIDE, keep, sync_api
 from test_talk import HOSTILE, TOKEN, make_run, scripted, serving
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs the packages of the extra 'test'")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = NEEDS_CHROMIUM
 expect = sync_api.expect
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def enter(browser, tmp_path, tiny):
+def enter(chromium, tmp_path, tiny):
     """Open the page over a scripted talk: (talk, page). Nothing may be asked of another address, and no script may fail."""
     faults: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -35,7 +25,7 @@ def enter(browser, tmp_path, tiny):
         def opened(context: dict | None = None, **settings):
             talk = scripted(make_run(tmp_path / "secret-name", tiny), **settings)
             address = stack.enter_context(serving(talk))
-            window = browser.new_context(viewport=WIDE) if context is None else browser.new_context(**context)
+            window = chromium.new_context(viewport=WIDE) if context is None else chromium.new_context(**context)
             stack.callback(window.close)
             window.set_default_timeout(PATIENCE)
             page = window.new_page()
@@ -57,8 +47,7 @@ def articles(page) -> list[list[str]]:
 
 
 def picture(page, name: str) -> None:
-    if folder := os.environ.get("SUASION_SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+    keep(page, name, full_page=True)
 
 
 def accessible(page) -> None:
