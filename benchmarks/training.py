@@ -204,7 +204,7 @@ def _trl_dpo(name: str, job: Job, pairs: list[Any], arm: Any) -> dict[str, float
     size = 8 if default else int(name.removeprefix("trl-b"))
     args = arguments(
         DPOConfig, arm, job.folder, job.hardware, len(pairs), 0, "b",
-        max_length=None, precompute_ref_log_probs=True, gradient_checkpointing=default,
+        max_length=None, precompute_ref_log_probs=True, activation_checkpointing=default,
     )  # fmt: skip
     args.per_device_train_batch_size, args.gradient_accumulation_steps = size, max(1, STEP_PAIRS // size)
     rows = [{"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs]
@@ -231,7 +231,7 @@ def run_sft(name: str, model: str, lengths: list[list[int]], out: Path) -> dict[
     section = SftSection(batch_size=STEP_ROWS, epochs=1, checkpoints=0, learning_rate=1e-6, lora=job.lora)
     args = arguments(
         SFTConfig, section, job.folder, job.hardware, len(rows), 0, "b",
-        max_length=None, packing=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     data = Dataset.from_list(rows)
     if name == "suasion":
@@ -328,11 +328,15 @@ def tokens_read(name: str, lengths: list[list[int]]) -> tuple[int, int]:
 
 
 def report(out: Path) -> str:
-    """Markdown of all that is there."""
+    """Markdown of all that is there. Exits with a sentence where nothing is."""
     results: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(out.glob("*.result.json")):
         row = json.loads(file.read_text())
         results.setdefault(row["piece"].rpartition("/")[0], []).append(row)
+    if not results:
+        sys.exit(
+            f"{out} holds no finished measurement. Make some without --report; where every one fails, what it said stands above."
+        )
     lengths = json.loads((out / "lengths.json").read_text())
     first = next(iter(results.values()))[0]
     lines = [
@@ -426,7 +430,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print what is there and measure nothing")
     parser.add_argument("--child")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    if not given.report:
+        given.out.mkdir(parents=True, exist_ok=True)
     if given.child:
         child(given.child, given.model, given.out)
         return

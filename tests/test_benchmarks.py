@@ -181,6 +181,13 @@ def test_measurements_of_trainings_are_not_mixed_either(tmp_path: Path) -> None:
         training.check_settings(tmp_path, model="bundled", pairs=2)
 
 
+def test_a_report_on_trainings_that_are_not_measured_yet_says_so_and_makes_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["training.py", "--out", str(tmp_path / "none"), "--report"])
+    with pytest.raises(SystemExit, match="none holds no finished measurement"):
+        training.main()
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_interrupted_side_goes_on_after_its_last_whole_batch(tmp_path: Path) -> None:
     options, worked = sampling_options(tmp_path), []
 

@@ -136,6 +136,29 @@ def test_advice_that_names_a_value_makes_it_fit(full, gib, micro, batch) -> None
         assert predict(better, sizes(), machine).problems == []
 
 
+def test_recomputed_activations_need_less_memory_and_more_time(full) -> None:
+    """Of 24 layers 896 wide and 4,864 inside a token keeps 24 inputs in fp32 and one layer whole in bf16, instead of 24 whole."""
+    spared = full.model_copy(update={"sft": full.sft.model_copy(update={"recompute_activations": True})})
+    layer = 2 * (12 * 896 + 4 * 4864)
+    before, after = (gpu_memory(recipe, HALF_BILLION, 1) for recipe in (full, spared))
+    assert before["sft"] - after["sft"] == 4096 * (23 * layer - 24 * 896 * 4)
+    assert before["dpo-rlaif"] == after["dpo-rlaif"]
+    machine = load_machines().machines["g5.xlarge"]
+    seconds = [{stage.stage: stage.seconds for stage in predict(recipe, sizes(), machine).stages} for recipe in (full, spared)]
+    assert seconds[1]["sft"] > 1.2 * seconds[0]["sft"]
+    assert seconds[1]["dpo-rlaif"] == seconds[0]["dpo-rlaif"]
+
+
+def test_what_fits_only_recomputed_is_told_so(full) -> None:
+    """Rows of 4,096 tokens keep too much in 8 GiB, recomputed they do not."""
+    long = full.model_copy(update={"model": full.model.model_copy(update={"max_length": 4096})})
+    small = Machine(vcpus=4, host_gib=64, gpus=1, gpu=Gpu(name="X", tflops=70, gbps=600, gib=9))
+    told = next(problem for problem in predict(long, sizes(), small).problems if problem.startswith("sft"))
+    assert "sft.recompute_activations=true" in told
+    spared = long.model_copy(update={"sft": long.sft.model_copy(update={"recompute_activations": True})})
+    assert not any(problem.startswith("sft") for problem in predict(spared, sizes(), small).problems)
+
+
 def test_four_bits_are_counted_by_hand(full) -> None:
     """50 x 8 numbers of the token table in fp32; the other 600 with 4 bits, a byte for 64 of them, and a float for 256 of those bytes."""
     assert four_bit_bytes(SHAPE) == 4 * 400 + int(600 * (0.5 + 1 / 64 + 4 / 64 / 256))

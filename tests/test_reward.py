@@ -2,10 +2,16 @@
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from test_training_proof import TWO
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
@@ -70,7 +76,6 @@ def test_it_learns_what_tells_winners_from_losers_and_tells_it_on_new_pairs(tiny
 def test_a_reward_is_the_head_on_the_stop_token_of_a_plain_sequence(tiny, renderer, trained):
     """Against the textbook computation: one sequence, the adapter live, the last token's hidden state."""
     from peft import PeftModel
-    from safetensors.torch import load_file
 
     folder, _ = trained
     pair = outcome_pairs(1, seed=5)[0]
@@ -128,6 +133,55 @@ def test_a_stopped_training_resumes_to_the_same_bytes(tiny, tmp_path, monkeypatc
     train_reward(outcome_pairs(12), tiny, settings, tmp_path / "cut", seed=2)
     for file in ("adapter/adapter_model.safetensors", "head.safetensors", "reward.json", "metrics.jsonl"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from test_reward import SETTINGS, outcome_pairs
+from suasion.sections.training import ModelSection
+from suasion.training.reward import train_reward
+
+model = ModelSection(base="random:tiny", max_length=512, dtype="float32")
+train_reward(outcome_pairs(7), model, SETTINGS.model_copy(update={"epochs": 2}), Path(sys.argv[1]), seed=0)
+"""
+
+
+def test_two_processes_train_the_model_that_one_does(tmp_path, monkeypatch):
+    """7 pairs in steps of 4 and 3: unequal shares."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    tests = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "src"), tests]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, launcher in (("one", ()), ("two", TWO)):
+        command = [sys.executable, *launcher, str(tmp_path / "program.py"), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
+    )
+    assert len(one) == 4
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    ours, theirs = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-4
+    assert max(value.abs().max().item() for name, value in ours.items() if "lora_B" in name) > 1e-3  # something was learned
+
+
+def test_on_a_machine_with_several_gpus_one_process_takes_the_first(tiny, tmp_path, monkeypatch):
+    """A grader is built in one process, whatever it is that trains it; the Trainer would split its rows among all GPUs."""
+    from suasion.training import reward
+
+    real = reward.arguments
+
+    def eight(*args, **kwargs):
+        made = real(*args, **kwargs)
+        made._n_gpu = 8
+        return made
+
+    monkeypatch.setattr(reward, "arguments", eight)
+    settings = SETTINGS.model_copy(update={"epochs": 1})
+    assert train_reward(outcome_pairs(5), tiny, settings, tmp_path / "reward", seed=0)["steps"] == 2
 
 
 def test_the_loss_by_hand():

@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_training import CPU, LORA, interrupt, nonzero_adapter, preference_pairs, run_dpo
+from transformers import TrainingArguments
 
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged, load_policy, round_for_training, save_adapter
 from suasion.records import Example, Preference, Response, Turn
 from suasion.sections.training import DpoArm, LoraSection, SftSection, optimiser_steps
-from suasion.training.dpo import kl_to_start, print_baselines, warn, with_reference
-from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint
+from suasion.training.dpo import DpoTrainer, kl_to_start, print_baselines, warn, with_reference
+from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint, train
 from suasion.training.pairs import Logprobs, PairIds, baselines, pair_ids, score, target
 from suasion.training.reference import cache_file, check_stored_logprobs, reference_logprobs
 from suasion.training.sft import IGNORED, PackedSftTrainer, training_rows
@@ -338,7 +339,7 @@ def test_packed_sft_equals_trl_on_one_row_a_time(tiny, renderer, tmp_path):
         policy = load_policy(Lineage(tiny), section.lora, 0)
         args = arguments(
             SFTConfig, section, tmp_path, CPU, 3, 0, "sft",
-            max_length=None, packing=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
         )  # fmt: skip
         common = {"model": policy, "args": args, "train_dataset": Dataset.from_list(rows), "processing_class": renderer.tokenizer}
         if budget:
@@ -401,6 +402,37 @@ def test_memory_that_does_not_suffice_names_the_batch_the_row_and_the_settings(t
         UserError, match=r"micro-batch of 4 rows and \d+ tokens, the longest row p\d .*micro_batch_tokens.*model\.max_length"
     ):
         run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", preference_pairs())
+
+
+def test_memory_that_does_not_suffice_before_the_training_or_in_trls_names_the_pair(tiny, sft_adapter, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    from trl import DPOTrainer
+
+    from suasion.training import reference
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "score", full)
+        with pytest.raises(UserError, match=r"while scoring preference p0 before the training, 14 tokens .*model\.max_length"):
+            run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "x", preference_pairs())
+    monkeypatch.setattr(DPOTrainer, "training_step", full)
+    with pytest.raises(UserError, match=r"a pair of \d+ tokens.*recompute_activations.*engine: suasion"):
+        run_dpo(Lineage(tiny, (sft_adapter,)), tmp_path / "y", preference_pairs(), engine="trl")
+
+
+def test_the_estimated_kl_is_to_the_start_where_the_reference_is_another(tiny, sft_adapter, tmp_path):
+    """reference: a model by name. Policy and start are one before the first step, so that the estimate is 0 there."""
+    pairs, arm = preference_pairs(3), DpoArm(name="t", labels="ai", pool="rlaif", batch_size=3, checkpoints=0, lora=LORA)
+    start = Lineage(tiny, (sft_adapter,))
+    policy = load_policy(start, LORA, 1)
+    started = reference_logprobs(policy, pairs, CPU, tmp_path / "start.jsonl")
+    other = reference_logprobs(load_merged(Lineage(tiny)), pairs, CPU, tmp_path / "reference.jsonl")
+    rows = [with_reference(pair, other[pair.id], started[pair.id], arm) for pair in pairs]
+    args = arguments(TrainingArguments, arm, tmp_path, CPU, 3, 1, "t")
+    metrics = train(DpoTrainer(model=policy.eval(), arm=arm, hardware=CPU, train_dataset=rows, args=args), tmp_path, "t")
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(metrics[0]["margin"]) > 1e-2  # against the base it is not
 
 
 def test_speeds_stand_beside_the_artefacts(tiny, sft_adapter, tmp_path):

@@ -106,6 +106,14 @@ def test_our_step_gives_trls_losses(tiny, adapter, tmp_path, loss, settings):
     differences = [abs(a["loss"] - b["loss"]) for a, b in zip(*runs, strict=True)]
     assert max(differences) <= 1e-3
     assert sum(differences) / steps <= 1e-4
+    for name in ("chosen_tokens", "rejected_tokens"):
+        assert [row[name] for row in runs[0]] == pytest.approx([row[name] for row in runs[1]])
+    if loss in ("sigmoid", "robust"):
+        assert max(abs(a["kl"] - b["kl"]) for a, b in zip(*runs, strict=True)) < 1e-3
+        assert abs(runs[1][-1]["kl"]) > 1e-2  # it moved, or equality would say nothing
+    speeds = [json.loads(line) for line in (tmp_path / "trl" / "logs" / "speed.jsonl").read_text().splitlines()]
+    assert len(speeds) == steps
+    assert all(row["tokens"] > 0 and row["tokens_per_second"] > 0 and row["memory_mb"] > 100 for row in speeds)
     # With length taken out TRL logs other log-probs and margins than the loss is made of.
     for name in ("chosen_logp", "rejected_logp", "margin") if loss in ("sigmoid", "robust") else ():
         assert max(abs(a[name] - b[name]) for a, b in zip(*runs, strict=True)) < 1e-2, name

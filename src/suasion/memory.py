@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
+
+from suasion.errors import UserError
 
 OUT_OF_MEMORY = (MemoryError, RuntimeError)  # the errors to ask; torch.OutOfMemoryError is a RuntimeError
 
@@ -16,6 +20,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_advice(what: Callable[[], str]) -> Iterator[None]:
+    """Turn a lack of memory into a UserError. what: at what it happened, and what to change, after the words "out of memory"."""
+    try:
+        yield
+    except OUT_OF_MEMORY as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {what()}") from error
 
 
 def free_memory(device: str) -> int:

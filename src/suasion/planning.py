@@ -25,7 +25,7 @@ from suasion.records import Example, OutcomePair, RowFile
 from suasion.sections.grading import families
 from suasion.sections.labeling import ImportedLabels
 from suasion.sections.sampling import EndpointEngine
-from suasion.sections.training import optimiser_steps
+from suasion.sections.training import TrainingSection, optimiser_steps
 
 FEW_STEPS = 20
 NOTHING_FITS = "this corpus cannot fill the pools, with smaller sizes neither: use a larger corpus, or widen corpus.reply_tokens."
@@ -236,12 +236,16 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int, impor
     def sampling(count: int, each: int) -> float:
         return count * lengths.context / rates.prefill + 1.1 * count * each * response / rates.decode + MODEL_LOAD_SECONDS
 
+    def trained(section: TrainingSection, tokens: float) -> float:
+        """Seconds; recomputed activations are one more reading."""
+        return tokens / rates.train + (tokens / rates.prefill if section.recompute_activations else 0.0)
+
     plans = [
         StagePlan("corpus", 0, 0, IMPORT_SECONDS, "with imports"),
         StagePlan("pools", 0, 0, 2),
         StagePlan(
             "sft", rows, optimiser_steps(rows, recipe.sft),
-            recipe.sft.epochs * rows * (lengths.context + lengths.reply) / rates.train + MODEL_LOAD_SECONDS,
+            recipe.sft.epochs * rows * trained(recipe.sft, lengths.context + lengths.reply) + MODEL_LOAD_SECONDS,
         ),
         StagePlan("sample", 2 * prompts, 0, sampling(prompts, 2), "responses"),
         StagePlan("ai-labels", prompts, 0, 15 + prompts * 0.1),
@@ -256,7 +260,7 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int, impor
         tokens = lengths.context + 2 * response
         seconds = (
             pairs * tokens / rates.prefill
-            + arm.epochs * pairs * tokens / rates.train
+            + arm.epochs * pairs * trained(arm, tokens)
             + 2 * min(KL_PAIRS, pairs) * tokens / rates.prefill
         )
         plans.append(StagePlan(f"dpo-{arm.name}", pairs, optimiser_steps(pairs, arm), seconds + MODEL_LOAD_SECONDS))

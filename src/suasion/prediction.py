@@ -201,11 +201,14 @@ def host_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
     return found
 
 
-def training_memory(stage: str, recipe: Recipe, shape: Shape, processes: int) -> tuple[int, int, int, int]:
+def training_memory(
+    stage: str, recipe: Recipe, shape: Shape, processes: int, recompute: bool | None = None
+) -> tuple[int, int, int, int]:
     """Of a training: bytes that are always there, bytes a token of a micro-batch, tokens of the longest row, and the micro-batch's tokens.
 
     A token keeps about 12 rows of the model's width and 4 of its inner width a layer in bf16, and three fp32 rows of the vocabulary where
-    it belongs to a reply.
+    it belongs to a reply. recompute: in the place of the section's recompute_activations; a token then keeps what enters each layer, in
+    fp32, and one layer at a time whole.
     """
     section = recipe.sft if stage == "sft" else recipe.arm(stage.removeprefix("dpo-"))
     if stage == "sft":
@@ -221,7 +224,10 @@ def training_memory(stage: str, recipe: Recipe, shape: Shape, processes: int) ->
     trained = (
         shape.parameters if section.lora is None else shape.layers * len(section.lora.targets) * section.lora.r * 2 * shape.width
     )
-    token = shape.layers * (12 * shape.width + 4 * shape.inner) * 2 + int(share * shape.vocabulary * 4 * 3)
+    layer = (12 * shape.width + 4 * shape.inner) * 2
+    recompute = section.recompute_activations if recompute is None else recompute
+    layers = shape.layers * shape.width * 4 + layer if recompute else shape.layers * layer
+    token = layers + int(share * shape.vocabulary * 4 * 3)
     return weights + 16 * trained, token, longest, section.micro_batch_tokens or GPU_TOKENS
 
 
@@ -267,11 +273,18 @@ def advice(stage: str, needed: int, room: float, recipe: Recipe, shape: Shape) -
         return "the weights alone do not fit: a larger GPU, model.quantization=nf4 or processes.profile=fsdp2 on several"
     if serving:
         return f"sample.batch_size={max(1, int(recipe.sample.batch_size * (room - weights) / (needed - weights)))}"
-    fixed, per_token, longest, _ = training_memory(stage, recipe, shape, recipe.processes.count * recipe.processes.machines)
-    fits = int((room - fixed) / per_token)
-    if fits < longest:
-        return "shorter rows (model.max_length, sample.max_new_tokens) or a larger GPU"
-    return f"{'sft' if stage == 'sft' else 'dpo.' + stage.removeprefix('dpo-')}.micro_batch_tokens={fits}"
+    key = "sft" if stage == "sft" else f"dpo.{stage.removeprefix('dpo-')}"
+    section = recipe.sft if stage == "sft" else recipe.arm(stage.removeprefix("dpo-"))
+    for recompute in sorted({section.recompute_activations, True}):
+        fixed, per_token, longest, budget = training_memory(
+            stage, recipe, shape, recipe.processes.count * recipe.processes.machines, recompute
+        )
+        fits = int((room - fixed) / per_token)
+        if fits >= longest:
+            settings = [f"{key}.recompute_activations=true"] if recompute > section.recompute_activations else []
+            settings += [f"{key}.micro_batch_tokens={fits}"] if fits < budget else []
+            return " and ".join(settings)
+    return "shorter rows (model.max_length, sample.max_new_tokens) or a larger GPU"
 
 
 def lines(recipe: Recipe, sizes: Sizes, names: list[str], table: MachineTable, shares: Shares | None = None) -> list[str]:

@@ -40,7 +40,16 @@ NOBODY: dict[str, Any] = {  # what a summary says of people who were not asked
     "comparisons": [],
     "reason": "nobody judged evaluation comparisons: the win rates are the grader's and are not corrected towards people's",
 }
-NOT_TRAINING = {"name", "labels", "pool", "matched", "micro_batch_tokens", "checkpoints", "report_to"}  # no effect, or the point
+NOT_TRAINING = {
+    "name",
+    "labels",
+    "pool",
+    "matched",
+    "micro_batch_tokens",
+    "checkpoints",
+    "report_to",
+    *DpoArm.TRANSPORT,
+}  # no effect, or the point
 
 
 class ModelVerdict(Row):

@@ -29,13 +29,14 @@ from suasion.progress import console, progress
 from suasion.records import Turn, canonical_json, content_id, read_json
 from suasion.rundir import CHECKPOINTS, cache_dir
 from suasion.sections.grading import RewardGrader
+from suasion.sections.training import RewardSection
 from suasion.training.reward import RewardModel, train_reward
 
 if TYPE_CHECKING:
     from suasion.grading.pairs import TrainingPair
 
 DECIMALS = 4  # in fp32 a reward moves by 1e-6 with the replies that are read beside it
-CHANGES_NOTHING = ("checkpoints", "micro_batch_tokens", "report_to")  # of the training's settings
+CHANGES_NOTHING = ("checkpoints", "micro_batch_tokens", "report_to", *RewardSection.TRANSPORT)  # of the training's settings
 
 
 @dataclass(frozen=True)

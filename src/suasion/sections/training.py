@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,6 +57,8 @@ class LoraSection(Section):
 class TrainingSection(Section):
     """Fields that every training stage shares."""
 
+    TRANSPORT: ClassVar[tuple[str, ...]] = ("recompute_activations",)
+
     learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
     epochs: float = Field(gt=0, description="Passes over the data.")
     batch_size: int = Field(ge=1, description="Rows (SFT) or pairs (DPO) per optimiser step.")
@@ -65,6 +67,11 @@ class TrainingSection(Section):
         ge=1,
         description="Tokens per forward pass, whole rows packed; a longer row stands alone. None: 512 on a CPU, 4,096 on a GPU. Changes "
         "memory and speed, not results.",
+    )
+    recompute_activations: bool = Field(
+        False,
+        description="Keep of every layer only what enters it and compute the rest again on the way back (gradient checkpointing): one more forward "
+        "pass, less memory, the same results. May be changed while a run is unfinished.",
     )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate.")
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="Learning rate after warm-up.")

@@ -76,6 +76,7 @@ class DpoTrainer(WholeSteps, Trainer):  # type: ignore[misc]
         sums, heads, _, _ = score(model, rows, self.hardware)
         device = sums.device
         reference = torch.tensor([_known(pair).sums() for pair in rows], device=device, dtype=sums.dtype)
+        started = torch.tensor([(pair.start or _known(pair)).sums() for pair in rows], device=device, dtype=sums.dtype)
         reference_heads = torch.tensor([_known(pair).heads() for pair in rows], device=device, dtype=sums.dtype)
         lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in rows], device=device, dtype=sums.dtype)
         weights = torch.tensor([pair.weight for pair in rows], device=device, dtype=sums.dtype)
@@ -85,23 +86,24 @@ class DpoTrainer(WholeSteps, Trainer):  # type: ignore[misc]
         margins = ratios[:, 0] - ratios[:, 1]
         losses = soft_loss(margins, targets, arm.loss, arm.beta, arm.label_smoothing)
         if self.state.global_step == 0:
-            self._check_first_pass(rows, sums, lengths, losses)
+            self._check_first_pass(rows, sums, started, lengths, losses)
         rewards = arm.beta * ratios.detach()
         margin = rewards[:, 0] - rewards[:, 1]
-        # Chosen and rejected apart: a growing margin can hide that both fall. The mean of log ref - log p over the tokens of responses
-        # that the start model wrote estimates KL(reference || policy), up to the temperature they were drawn at, and costs nothing.
+        # Chosen and rejected apart: a growing margin can hide that both fall. The mean of log start - log p over the tokens of responses
+        # that the start model wrote estimates KL(start || policy), up to the temperature they were drawn at, and costs nothing.
         values = {
             "chosen_logp": sums[:, 0], "rejected_logp": sums[:, 1], "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1],
             "margin": margin, "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
             "chosen_tokens": lengths[:, 0], "rejected_tokens": lengths[:, 1],
-            "kl": (reference - sums).sum(1) / lengths.sum(1),
+            "kl": (started - sums).sum(1) / lengths.sum(1),
         }  # fmt: skip
         return (losses * weights).sum(), {name: (value.detach() * weights).sum() for name, value in values.items()}
 
-    def _check_first_pass(self, pairs: list[PairIds], sums: torch.Tensor, lengths: torch.Tensor, losses: torch.Tensor) -> None:
+    def _check_first_pass(
+        self, pairs: list[PairIds], sums: torch.Tensor, known: torch.Tensor, lengths: torch.Tensor, losses: torch.Tensor
+    ) -> None:
         """Before the first update every log-probability and loss is known; others mean another model, and nothing may be learned from it."""
         arm, dtype = self.arm, self.hardware.dtype
-        known = torch.tensor([(pair.start or _known(pair)).sums() for pair in pairs], device=sums.device, dtype=sums.dtype)
         gaps = (sums.detach() - known).abs() - logprob_rounding(lengths, dtype)
         expected = torch.tensor([pair.first_loss for pair in pairs], device=sums.device, dtype=sums.dtype)
         allowed = loss_rounding(lengths, dtype, arm.loss, arm.beta, expected, arm.label_smoothing).tolist()

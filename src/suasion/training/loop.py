@@ -50,6 +50,7 @@ def arguments(
     steps = optimiser_steps(rows, section)
     seed32 = training_seed(seed, purpose)
     save_every = math.ceil(steps / (section.checkpoints + 1)) if section.checkpoints else 0
+    extra = {"activation_checkpointing": section.recompute_activations, **extra}
     return kind(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=section.batch_size,  # a whole step; steps.py cuts it into micro-batches
@@ -99,6 +100,13 @@ def tracking(tracker: str, folder: Path) -> dict[str, Any]:
     return {"report_to": [tracker], "project": "suasion", "trackio_space_id": None, "trackio_static_space_id": False}
 
 
+def on_first_gpu(args: TrainingArguments) -> TrainingArguments:
+    """For a training that one process does, however many GPUs there are: the Trainer would split its rows among all of them."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
+
+
 def speed_file(stage_folder: Path) -> Path:
     """Where a stage's speeds go: the run's logs, which no manifest hashes."""
     return stage_folder.parent / "logs" / f"{stage_folder.name}-speed.jsonl"
@@ -112,8 +120,8 @@ def train(trainer: Trainer, folder: Path, purpose: str, speeds: Path | None = No
     """
     if trainer.args.n_gpu > 1:
         raise UserError(
-            f"{trainer.args.n_gpu} GPUs are visible to one process. Start one process a GPU with `accelerate launch`, or show it "
-            "one: CUDA_VISIBLE_DEVICES=0."
+            f"{trainer.args.n_gpu} GPUs are visible to one process. Train in one process a GPU, processes={{profile: ddp, count: {trainer.args.n_gpu}}}, or "
+            "show it one: CUDA_VISIBLE_DEVICES=0."
         )
     first = rank() == 0
     checkpoint = newest_checkpoint(folder / CHECKPOINTS)
@@ -203,7 +211,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(logs["loss"]):
             raise UserError(
                 f"{self.purpose}: the loss is {logs['loss']} at step {state.global_step}. Lower learning_rate or max_grad_norm, or set "
-                "model.dtype to float32, then run again: it goes on from the last checkpoint."
+                "model.dtype to float32, then run again: with other settings the stage begins anew."
             )
         if self.metrics is None:
             return

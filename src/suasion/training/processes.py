@@ -126,8 +126,8 @@ def train_apart(stage: StageContext, module: str, device: str) -> StageResult:
         several = f" on {section.machines} machines" if section.machines > 1 else ""
         raise UserError(
             f"{stage.stage}: one of {section.count * section.machines} processes{several} died (exit code {workers.returncode}); the others were ended. What they "
-            f"said stands in {log}. Run again: it goes on from the last checkpoint. If memory was short, lower micro_batch_tokens "
-            "or use processes.profile=fsdp2."
+            f"said stands in {log}. Run again: it goes on from the last checkpoint. If memory was short, set recompute_activations (it still goes on), "
+            "or lower micro_batch_tokens or use processes.profile=fsdp2 (the stage then begins anew)."
         )
     result = StageResult(**read_json(folder / RESULT))
     result.facts["processes"] = {"profile": section.profile, "count": section.count * section.machines}

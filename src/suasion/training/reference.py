@@ -11,12 +11,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from suasion.errors import UserError
+from suasion.memory import memory_advice
 from suasion.models import Compute
 from suasion.progress import progress
 from suasion.records import Preference, canonical_json, content_id, read_json_lines
@@ -55,7 +57,8 @@ def reference_logprobs(
         for pair in pairs:
             key = pair_key(pair)
             if key not in known:
-                sums, heads, _, _ = score(model, [pair], hardware)
+                with memory_advice(partial(_alone, pair)):
+                    sums, heads, _, _ = score(model, [pair], hardware)
                 known[key] = Logprobs(*sums[0].tolist(), *heads[0].tolist())
                 if cache:
                     with cache.open("a", encoding="utf-8") as handle:  # one write a row: processes may share the file
@@ -65,6 +68,13 @@ def reference_logprobs(
     model.train(was_training)
     _write(path, pairs, values)
     return values
+
+
+def _alone(pair: PairIds) -> str:
+    return (
+        f"while scoring preference {pair.id} before the training, {pair.tokens} tokens alone in one pass. Lower model.max_length (longer pairs are "
+        "then left out; --redo sft) or sample.max_new_tokens (shorter responses; --redo sample), or use a device with more memory."
+    )
 
 
 def shared_logprobs(model: Any, pairs: Sequence[PairIds], hardware: Compute, path: Path, cache: Path) -> dict[str, Logprobs]:

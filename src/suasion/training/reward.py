@@ -41,7 +41,7 @@ from suasion.models import (
 from suasion.records import Turn, content_id, read_json, sha256_file, write_json
 from suasion.sections.training import ModelSection, RewardSection
 from suasion.training.attention import set_attention
-from suasion.training.loop import arguments, train
+from suasion.training.loop import arguments, on_first_gpu, train
 from suasion.training.prefix import Packed, pack
 from suasion.training.processes import rank
 from suasion.training.steps import WholeSteps
@@ -111,6 +111,10 @@ class RewardNet(torch.nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             rewards: torch.Tensor = self.head(hidden.float())[:, 0]
         return rewards
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """What the Trainer calls for `recompute_activations`; the head keeps next to nothing."""
+        self.backbone.activation_checkpointing_enable(**kwargs)
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The weights that training changes."""
@@ -192,7 +196,7 @@ def train_reward(
     set_attention(backbone, model, hardware.device)
     trainer = RewardTrainer(
         model=net, section=settings, hardware=hardware, train_dataset=rows,
-        args=arguments(TrainingArguments, settings, folder, hardware, len(rows), seed, "reward"),
+        args=on_first_gpu(arguments(TrainingArguments, settings, folder, hardware, len(rows), seed, "reward")),
     )  # fmt: skip
     metrics = train(trainer, folder, "reward", speeds)
     tail = metrics[-max(1, len(metrics) // 4) :]

@@ -98,7 +98,7 @@ def run_stage(stage: StageContext) -> StageResult:
     policy = policy_of(recipe, lineage, section.lora, hardware)
     args = arguments(
         SFTConfig, section, stage.folder, hardware, len(rows), recipe.seed, "sft",
-        max_length=None, packing=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     trainer = PackedSftTrainer(
         model=policy,

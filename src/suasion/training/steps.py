@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from suasion.errors import UserError
-from suasion.memory import OUT_OF_MEMORY, is_out_of_memory, peak_memory_mb
+from suasion.memory import memory_advice, peak_memory_mb
 from suasion.models import Compute
 from suasion.sections.training import CPU_TOKENS, GPU_TOKENS, TrainingSection
 from suasion.seeding import derive_seed
@@ -134,7 +134,10 @@ class WholeSteps:
             idle = number >= len(plan[process])
             rows = [min(inputs, key=self.row_tokens)] if idle else [inputs[row] for row in plan[process][number]]
             waits = processes > 1 and number < rounds - 1
-            with trainer.accelerator.no_sync(model) if waits else contextlib.nullcontext(), self._memory_advice(rows):
+            with (
+                trainer.accelerator.no_sync(model) if waits else contextlib.nullcontext(),
+                memory_advice(partial(self._what_did_not_fit, rows)),
+            ):
                 loss, values = self.micro_loss(model, rows)
                 loss = loss * (0.0 if idle else processes / total)
                 trainer.accelerator.backward(loss)
@@ -167,16 +170,19 @@ class WholeSteps:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, torch.zeros(())) + share * value.detach().cpu()
 
-    @contextlib.contextmanager
-    def _memory_advice(self, rows: list[Any]) -> Iterator[None]:
-        try:
-            yield
-        except OUT_OF_MEMORY as error:
-            if not is_out_of_memory(error):
-                raise
-            tokens = [self.row_tokens(row) for row in rows]
-            raise UserError(
-                f"out of memory in a micro-batch of {len(rows)} rows and {sum(tokens)} tokens, the longest row {self.row_id(rows[tokens.index(max(tokens))])} "
-                f"with {max(tokens)}. Lower micro_batch_tokens (now {token_budget(self.section, self.hardware)}; results stay the same), or "
-                "model.max_length (long rows are then left out); run again: it goes on from the last checkpoint."
-            ) from error
+    def _less_memory(self) -> str:
+        """The settings that need less, and what a changed one means for what is trained already."""
+        anew = (
+            f"lower micro_batch_tokens (now {token_budget(self.section, self.hardware)}): the stage then begins anew; or model.max_length (long rows "
+            "are then left out), which all trainings read: --redo sft."
+        )
+        if self.section.recompute_activations:
+            return anew[0].upper() + anew[1:]
+        return f"Set recompute_activations to true and run again: it goes on from the last checkpoint, with the same results. Or {anew}"
+
+    def _what_did_not_fit(self, rows: list[Any]) -> str:
+        tokens = [self.row_tokens(row) for row in rows]
+        return (
+            f"in a micro-batch of {len(rows)} rows and {sum(tokens)} tokens, the longest row {self.row_id(rows[tokens.index(max(tokens))])} with "
+            f"{max(tokens)}. {self._less_memory()}"
+        )
