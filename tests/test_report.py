@@ -31,7 +31,7 @@ from suasion.reporting.publish import publish, shares_run, word_runs
 from suasion.reporting.stage import run_stage
 from suasion.reporting.terminal import print_summary
 from suasion.rundir import Input, StageContext
-from suasion.sections.grading import LlmGrader
+from suasion.sections.grading import LlmGrader, title
 
 HOSTILE = "<script>alert('x')</script> | a pipe\n# and a heading {{ 7 * 7 }} & <b>bold</b>"
 COUNTS = {  # as the corpus stage writes it
@@ -70,6 +70,7 @@ MADE = (
         },
         "labels": {
             "ai": {"source": "ai:embedding", "trained_on": "grader_pairs", "cross_validation": MEASURED, **LABELS}
+            | {"canaries": {"empty": 1.0, "injected": 0.875, "padded": 0.0, "constant": 0.5}}
             | {"pools": {"rlaif": LABELS, "rlhf": LABELS | {"n": 8}}},
             "human": {"source": "simulated", "simulated": True, "layout": "verdicts", "n": 8, "ties": 1, "none": 0}
             | {"first_rate": {"value": 0.57, "low": 0.18, "high": 0.9, "p_value": 1.0, "n": 7}},
@@ -438,6 +439,24 @@ def test_how_it_was_made_stands_in_compact_tables():
     )
 
 
+def test_the_rates_of_the_canaries_stand_beside_the_graders(run):
+    """The message of a failed canary, and the recipes' comments, promise that the report shows the rates."""
+    plain = make_recipe()
+    allowing = plain.ai_labels.model_copy(update={"allow_failed_canaries": ("padded",)})
+    rows = made(recipe=plain.model_copy(update={"ai_labels": allowing}))["canaries"]
+    names = [title(section.grader) for section in (plain.ai_labels, plain.evaluate)]
+    assert rows == [
+        ["labelling", names[0], "100%", "not asked", "not asked", "88%", "0%", "50%", "injected (not allowed), padded (allowed by the recipe)"],
+        ["evaluation", names[1], "100%", "100%", "50%", "not asked", "not asked", "not asked", "swapped (not allowed)"],
+    ]  # fmt: skip
+    for page in ("index.html", "report.md"):
+        text = (run[0] / "10-report" / page).read_text()
+        assert "Canaries: comparisons whose right answer is known" in text
+        assert "88%" in text
+    old = {**MADE, "grader": {}, "labels": {}}
+    assert made(facts=old)["canaries"] == []
+
+
 def test_what_a_language_model_said_in_both_orders_stands_beside_the_labels():
     llm = LlmGrader(kind="llm", model="judge", base_url="http://127.0.0.1:1/v1", flips="tie")
     plain = make_recipe()
@@ -573,7 +592,7 @@ def test_any_fact_may_be_missing_or_strange(data):
 def test_no_facts_at_all(counts):
     tables = made(counts, {})
     assert judge_sentence({}) == ""
-    assert tables["pools"] == tables["sources"] == tables["preferences"] == tables["judge"] == []
+    assert tables["pools"] == tables["sources"] == tables["preferences"] == tables["judge"] == tables["canaries"] == []
     if counts == {"cmv": {}}:
         assert tables["corpora"] == [["cmv", *["not recorded"] * 6]]
         assert tables["dropped"] == [["cmv", "not recorded", "not recorded"]]

@@ -15,6 +15,7 @@ from suasion.grading.canaries import THRESHOLDS, failing
 from suasion.labeling.annotator import SOURCE
 from suasion.pools import EVAL_PERSUADING, EVAL_SHARED
 from suasion.recipe import Recipe
+from suasion.reporting.canaries import canaries_table
 from suasion.reporting.table import Column, Table, flat
 from suasion.sections.grading import LlmGrader, learns_from
 from suasion.sections.training import DpoArm
@@ -37,6 +38,7 @@ def making(corpus_counts: Any, facts: dict[str, Any], recipe: Recipe, names: dic
         _orders(facts, recipe),
         _preferences(facts, recipe, names),
         _judge(mapping(facts, "grader")),
+        canaries_table(mapping(facts, "labels", "ai", "canaries"), mapping(facts, "grader", "canaries"), recipe),
     )
 
 
