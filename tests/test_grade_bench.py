@@ -272,6 +272,10 @@ def test_the_command_writes_what_the_design_asks_for(tmp_path):
     assert len(rows) == result["n"] == 12
     assert np.mean([row["right"] for row in rows]) == pytest.approx(result["accuracy"], abs=1e-4)
     assert (out / "reliability.svg").read_text().startswith("<?xml")
+    said, balanced = " ".join(ran.output.split()), result["agreement"]["balanced_agreement"]
+    assert f"agreement with the labels on 12 pairs, {result['agreement']['both_decisive']} of them decided by both: raw" in said
+    shown = "-" if balanced is None else f"{balanced['value']:.2f} ({balanced['low']:.2f} to {balanced['high']:.2f})"
+    assert f"position-balanced {shown}, kappa" in said
     for wrong in (["--folds", "1"], ["--folds", "5", "--train", str(train)], ["--limit", "0", "--train", str(train)]):
         with pytest.raises(UsageError):
             CliRunner().invoke(app, [*command, *wrong], catch_exceptions=False)

@@ -396,6 +396,14 @@ def test_an_estimate_comes_before_the_first_request(capsys):
         assert "stop this before the end" in told
 
 
+def test_the_running_cost_is_told_while_it_grows(monkeypatch, capsys):
+    monkeypatch.setattr("suasion.grading.runner.LOG_EVERY_SECONDS", 0.0)
+    with serving(honest) as served:
+        grader_for(served.url, orders="given", concurrency=1, **PRICED).grade(items(3))
+    told = [line.strip() for line in capsys.readouterr().out.splitlines() if "spent so far" in line]
+    assert told == ["spent so far: $1.1000", "spent so far: $2.2000", "spent so far: $3.3000"]
+
+
 def test_requests_that_never_arrived_cost_nothing_and_those_without_end_cost_the_most(tmp_path):
     ledger = Ledger(tmp_path / "l.sqlite", "s")
     one, two = ledger.reserve("k1", 2.0, 5.0), ledger.reserve("k2", 2.0, 5.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,13 @@ from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.grading import build, canaries, local_llm, panel, reward, stage
 from suasion.grading.base import Comparison
+from suasion.grading.bench_run import run_bench
 from suasion.grading.canaries import failing
 from suasion.grading.files import load_grader
+from suasion.grading.labelled import LabelledPair
+from suasion.grading.measure import fold_assignment
 from suasion.grading.pairs import TrainingPair
+from suasion.grading.rubric import load_rubric
 from suasion.models import Lineage, load_merged, load_tokenizer
 from suasion.pipeline import recipe_slice
 from suasion.records import Turn, Verdict, read_json, read_rows
@@ -225,7 +230,9 @@ def local_spec(**fields) -> sections.LlmGrader:
 
 
 def local(**fields) -> local_llm.LocalLlmGrader:
-    return build.build_grader(local_spec(**fields), lambda _: [], 0)
+    """Without kept batches: what is tested is computed."""
+    spec = local_spec(**fields)
+    return local_llm.LocalLlmGrader(spec, load_rubric(spec.template), 0)
 
 
 def comparisons(count: int) -> list[Comparison]:
@@ -286,6 +293,44 @@ def test_each_order_is_read_once_a_process(monkeypatch):
     first = grader.grade([*items, items[0]])
     assert grader.grade([item.swapped() for item in items])[0].p_a == pytest.approx(1 - first[0].p_a)
     assert read == [8]
+
+
+def test_an_interrupted_reading_goes_on_with_the_rest_and_ends_with_the_same_judgements(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_llm, "BATCH_TOKENS", 2500)  # several batches, of several prompts
+    items = comparisons(10)
+    spec = local_spec()
+    real, read = local_llm.verdict_reader, []
+
+    def grader(dies_after: int | None) -> local_llm.LocalLlmGrader:
+        def reader(setup):
+            inner = real(setup)
+
+            def one(prompts):
+                if dies_after is not None and len(read) == dies_after:
+                    raise KeyboardInterrupt
+                read.append(len(prompts))
+                return inner(prompts)
+
+            return one
+
+        monkeypatch.setattr(local_llm, "verdict_reader", reader)
+        return local_llm.LocalLlmGrader(spec, load_rubric(spec.template), 0, 1, tmp_path / "kept")
+
+    whole = local().grade(items)
+    with pytest.raises(KeyboardInterrupt):
+        grader(2).grade(items)
+    first = list(read)
+    (file,) = (tmp_path / "kept").iterdir()
+    with file.open("a") as handle:
+        handle.write('{"key": "torn", "re')
+    assert grader(None).grade(items) == whole
+    assert first == read[:2]
+    assert sum(read) == 20  # ten pairs in two orders, none twice
+    assert max(read) > 1
+    assert grader(len(read)).grade(items) == whole  # nothing is left to be read
+    changed = local_llm.LocalLlmGrader(spec, replace(load_rubric(spec.template), parts={**load_rubric(spec.template).parts, "system": "x"}), 0, 1, tmp_path / "kept")  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        changed.grade(items[:1])
 
 
 def test_what_does_not_fit_is_missing_in_both_orders_and_an_empty_reply_needs_no_reading():
@@ -361,6 +406,58 @@ def test_a_panel_is_measured_as_a_whole_on_groups_that_none_of_it_has_seen(fake_
     assert len(seen) == 5 * 2 * (1 + 5)  # a fold: each member on all of it, and in five folds for its weight
 
 
+def chance_in(monkeypatch, poor) -> None:
+    """Members are measured at .8, but for those that `poor` (kind, training pairs) names: at .45."""
+    real = build.measure
+
+    def measured(spec, training, seed, grader=None, scope=""):
+        if isinstance(spec, sections.PanelGrader):
+            return real(spec, training, seed, grader, scope)
+        made = real(spec, training, seed, grader, scope)
+        return replace(made, accuracy=0.45 if poor(spec.kind, training(TRAIN)) else 0.8)
+
+    monkeypatch.setattr(build, "measure", measured)
+
+
+def test_a_member_no_better_than_a_coin_has_no_weight_and_that_is_said(fake_embedder, monkeypatch, capsys):  # noqa: F811
+    chance_in(monkeypatch, lambda kind, pairs: kind == "ngram")
+    grader = build.build_grader(panel_spec(EMBEDDING, ngram_spec()), lambda _: training_pairs(), 0)
+    assert panel.members_facts(grader) == {
+        "members": {
+            "1 embedding": {"accuracy": 0.8, "weight": round(math.log(4), 4)},
+            "2 ngram": {"accuracy": 0.45, "weight": 0.0},
+        }
+    }
+    assert panel.members_facts(grader.members[0].grader) == {}
+    told = " ".join(capsys.readouterr().out.split())
+    assert "panel: 1 embedding 80.0% (weight 1.39), 2 ngram 45.0% (no better than a coin: no weight)" in told
+    alone = grader.members[0].grader.grade([Comparison("c", "x because y", "z")])[0]
+    assert grader.grade([Comparison("c", "x because y", "z")])[0].label == alone.label
+
+
+def test_a_fold_in_which_nobody_is_better_than_a_coin_counts_as_a_coin_and_stops_nothing(fake_embedder, monkeypatch, capsys):  # noqa: F811
+    """Only the panel that would judge stops, where no member is left."""
+    pairs = training_pairs()
+    fold_of = fold_assignment([pair.group for pair in pairs], 5, 0)
+    held_out = {pair.group for pair, fold in zip(pairs, fold_of, strict=True) if fold == 2}
+    spec = panel_spec(EMBEDDING, ngram_spec())
+    usual = build.measure(spec, lambda _: pairs, 0)
+    chance_in(monkeypatch, lambda kind, taught: not held_out & {pair.group for pair in taught})
+    measured = build.measure(spec, lambda _: pairs, 0)
+    lost = sum(fold == 2 for fold in fold_of)
+    assert (measured.scored, usual.scored) == (len(pairs), len(pairs))
+    assert measured.accuracy <= (len(pairs) - lost / 2) / len(pairs)  # ties of that fold count one half
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("in one fold, panel: 1 embedding 45.0% (no better than a coin: no weight), 2 ngram 45.0%") == 1
+    tested = [LabelledPair(Comparison(p.context, p.winner, p.loser), "a", p.group) for p in pairs]
+    result, taken = run_bench(spec, tested, None, 5, 0)
+    assert result["ties"] >= lost == sum(one.reason == "no member of the panel is better than a coin" for one in taken.given)
+    build.build_grader(spec, lambda _: pairs, 0)
+    chance_in(monkeypatch, lambda kind, taught: True)
+    with pytest.raises(UserError, match="no member of the panel is better than a coin"):
+        build.build_grader(spec, lambda _: pairs, 0)
+
+
 def test_labels_of_a_panel_have_the_length_taken_out_of_the_members_that_ask_for_it(tmp_path, fake_embedder, capsys):  # noqa: F811
     write_sampled(tmp_path)
     members = [{"kind": "embedding", "train": {"kind": "grader_pairs"}}, {"kind": "ngram", "train": {"kind": "grader_pairs"}}]
@@ -375,6 +472,7 @@ def test_labels_of_a_panel_have_the_length_taken_out_of_the_members_that_ask_for
     facts = stage.run_stage(context).facts
     assert facts["length_slope"].keys() == {"1 embedding"}
     assert facts["length_slope"]["1 embedding"] != 0
+    assert facts["members"].keys() == {"1 embedding", "2 ngram"}
     kept = read_json(context.folder / "grader.json")
     assert [member["kind"] for member in kept["settings"]["members"]] == ["embedding", "ngram"]
     assert kept["largest_weights"].keys() == {"1 embedding", "2 ngram"}

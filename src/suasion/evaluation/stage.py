@@ -24,6 +24,7 @@ from suasion.grading.base import Comparison, Judgement, source_name
 from suasion.grading.build import announce, build_grader, measure
 from suasion.grading.canaries import failing, require_canaries
 from suasion.grading.pairs import SampledPair, sampled_pairs
+from suasion.grading.panel import members_facts
 from suasion.grading.stage import asked_as_canaries, both_orders, canary_count, measured_line, training_of
 from suasion.labeling.agreement import Labelled, compare
 from suasion.labeling.final import Answers, agreement_row, hear, read_said
@@ -163,6 +164,7 @@ def judge(stage: StageContext, examples: list[Example], said: Answers) -> Judged
         "name": title(spec),
         **(measured.as_facts() if measured else {}),
         **order_facts(judged, spec),
+        **members_facts(grader),
         "canaries": canaries,
         "canaries_failed": failing(canaries),
         "same_as_labelling_grader": recipe.ai_labels.grader == spec,

@@ -139,8 +139,27 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
             f"over longer wins: {100 * gain['value']:+.1f} points ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}) on the same "
             f"{gain['n']} pairs"
         )
+    console.print(agreement_line(result["agreement"]))
     if result["outcomes"]:
         console.print("both orders: " + ", ".join(f"{count} {name}" for name, count in result["outcomes"].items()))
+
+
+def agreement_line(found: dict[str, Any]) -> str:
+    """Agreement with whoever gave the labels, ties included, each statistic with its 95% interval; '-' where it is undefined."""
+    titles = {
+        "agreement": "raw",
+        "balanced_agreement": "position-balanced",
+        "kappa": "kappa",
+        "gwet_ac1": "AC1",
+        "alpha": "alpha",
+    }
+    told = [
+        f"{title} -"
+        if (known := found[name]) is None
+        else f"{title} {known['value']:.2f} ({known['low']:.2f} to {known['high']:.2f})"
+        for name, title in titles.items()
+    ]
+    return f"agreement with the labels on {found['n']} pairs, {found['both_decisive']} of them decided by both: {', '.join(told)}"
 
 
 def _interval(low: float | None, high: float | None) -> str:

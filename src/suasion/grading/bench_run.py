@@ -33,7 +33,7 @@ def run_bench(
 
     def trained_on(pairs: Sequence[LabelledPair]) -> Grader:
         taught = teaching(pairs)
-        return build_grader(spec, lambda _: taught, seed, scope)
+        return build_grader(spec, lambda _: taught, seed, scope, in_fold=folds > 0)
 
     used, shared_pairs = 0, 0
     shared_groups: set[str] = set()

@@ -22,15 +22,18 @@ from suasion.seeding import derive_seed
 Training = Callable[[sections.PairData], Sequence[TrainingPair]]
 
 
-def build_grader(spec: sections.AnyGrader, training: Training, seed: int, scope: str = "", processes: int = 1) -> Grader:
-    """A grader ready to judge. scope: what a cost cap is counted for (a run, a bench folder).
+def build_grader(
+    spec: sections.AnyGrader, training: Training, seed: int, scope: str = "", processes: int = 1, in_fold: bool = False
+) -> Grader:
+    """A grader ready to judge. scope: what a cost cap is counted for (a run, a bench folder). in_fold: only to be measured on what was held
+    out, where a panel without votes counts as a coin.
 
-    Raises UserError where data, a model, a package or a key is missing.
+    Raises UserError where data, a model, a package or a key is missing, and for a panel in which nobody is better than a coin.
     """
     if isinstance(spec, sections.LlmGrader):
         return _llm(spec, seed, scope, processes)
     if isinstance(spec, sections.PanelGrader):
-        return _panel(spec, training(spec.train), seed, scope, processes)
+        return _panel(spec, training(spec.train), seed, scope, processes, in_fold)
     return train_grader(spec, training(spec.train), seed)
 
 
@@ -45,7 +48,9 @@ def measure(
         pairs = measured_pairs(spec, training, seed)
         return measure_on(grader or _llm(spec, seed, scope), pairs, seed) if pairs else None
     folds = spec.folds if isinstance(spec, sections.RewardGrader) else FOLDS
-    return cross_validate(lambda pairs: build_grader(spec, lambda _: pairs, seed, scope), training(spec.train), seed, folds)
+    return cross_validate(
+        lambda pairs: build_grader(spec, lambda _: pairs, seed, scope, in_fold=True), training(spec.train), seed, folds
+    )
 
 
 def measured_pairs(spec: sections.AnyGrader, training: Training, seed: int) -> list[TrainingPair]:
@@ -112,7 +117,7 @@ def _llm(spec: sections.LlmGrader, seed: int, scope: str, processes: int = 1) ->
     if spec.provider == "local":
         from suasion.grading.local_llm import LocalLlmGrader
 
-        return LocalLlmGrader(spec, rubric, seed, processes)
+        return LocalLlmGrader(spec, rubric, seed, processes, cache_dir() / "verdict-tokens")
     from suasion.grading.ledger import Ledger
     from suasion.grading.llm import ServedLlmGrader
     from suasion.grading.providers import make_providers, terms_lines
@@ -130,8 +135,10 @@ def requests_file() -> Path:
     return cache_dir() / "grader-requests.sqlite"
 
 
-def _panel(spec: sections.PanelGrader, pairs: Sequence[TrainingPair], seed: int, scope: str, processes: int) -> Grader:
-    from suasion.grading.panel import Member, PanelGrader
+def _panel(
+    spec: sections.PanelGrader, pairs: Sequence[TrainingPair], seed: int, scope: str, processes: int, in_fold: bool
+) -> Grader:
+    from suasion.grading.panel import Member, NobodyVotes, PanelGrader, members_line
 
     members = []
     for number, member in enumerate(spec.members, start=1):
@@ -142,7 +149,10 @@ def _panel(spec: sections.PanelGrader, pairs: Sequence[TrainingPair], seed: int,
         if measured is None:
             raise UserError(f"member {number} of the panel could not be measured, so that it has no weight.")
         members.append(Member(f"{number} {member.kind}", grader, measured.accuracy))
-    return PanelGrader(members, spec.tie_margin)
+    silent = [member for member in members if not member.weight]
+    if silent or not in_fold:
+        console.print(f"  {'in one fold, ' if in_fold else ''}{members_line(members)}", markup=False, soft_wrap=True)
+    return NobodyVotes() if in_fold and len(silent) == len(members) else PanelGrader(members, spec.tie_margin)
 
 
 def _measurable(member: sections.AnyGrader, data: sections.PairData) -> sections.AnyGrader:

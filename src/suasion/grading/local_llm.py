@@ -3,12 +3,15 @@
 The model is asked for one letter, and P(first) = p(A) / (p(A) + p(B)) at the place where it would write it (as Lee et al. 2023, arXiv
 2309.00267, read their labeller). Both orders; the two log-probabilities of each stand in `raw`. A small model has next to no judgement,
 and the bench shows it: canaries and accuracy say whether its verdicts mean anything. With `processes.count` above 1 the batches are read
-by as many processes, one a GPU (workers.py).
+by as many processes, one a GPU (workers.py). Batches that were read are kept in $SUASION_CACHE/verdict-tokens: an interrupted stage reads the
+rest, in the batches in which it would have read all, so that it ends with the same bytes.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,15 +31,37 @@ DECIMALS = 5  # absorbs rounding that depends on how texts were batched
 Reader = Callable[[Sequence[Sequence[int]]], list[list[float]]]
 
 
+class ReadBatches:
+    """What models said of whole batches of prompts, one JSON line a batch; a line that a kill tore is passed over. May be deleted."""
+
+    def __init__(self, path: Path | None):
+        """path: None keeps nothing."""
+        self.path, self.known = path, dict[str, list[list[float]]]()
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path is not None and path.is_file() else ():
+            try:
+                row = json.loads(line)
+                self.known[row["key"]] = [[float(a), float(b)] for a, b in row["read"]]
+            except (ValueError, TypeError, KeyError):
+                continue
+
+    def add(self, key: str, read: list[list[float]]) -> None:
+        """Keep a batch; one write, so that processes may share the file."""
+        self.known[key] = read
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(canonical_json({"key": key, "read": read}) + "\n")
+
+
 class LocalLlmGrader:
-    """See the module's docstring."""
+    """See the module's docstring. kept: folder of read batches; None keeps none."""
 
     kind = "llm"
 
-    def __init__(self, spec: LlmGrader, rubric: Rubric, seed: int, processes: int = 1):
+    def __init__(self, spec: LlmGrader, rubric: Rubric, seed: int, processes: int = 1, kept: Path | None = None):
         from suasion.models import base_hash
 
-        self.spec, self.rubric, self.seed, self.processes = spec, rubric, seed, processes
+        self.spec, self.rubric, self.seed, self.processes, self.kept = spec, rubric, seed, processes, kept
         self._reader: Reader | None = None
         self.section = ModelSection(base=spec.model, system_prompt=rubric.system)
         self.template_hash = rubric.hash
@@ -90,14 +115,24 @@ class LocalLlmGrader:
             order = order[count:]
         scores: dict[int, tuple[float, float]] = {}
         setup = {"model": self.section.model_dump(mode="json"), "letters": [one[0] for one in letters]}
-        with progress("read verdict tokens", sum(map(len, batches)), "verdicts") as advance:
+        store = ReadBatches(self._store())
+        names = [content_id("verdict-batch", setup["letters"], *(prompts[i] for i in batch)) for batch in batches]
+
+        def take(number: int, read: list[list[float]]) -> None:
+            scores.update({i: (a, b) for i, (a, b) in zip(batches[number], read, strict=True)})
+
+        for number, name in enumerate(names):
+            if name in store.known:
+                take(number, store.known[name])
+        left = [number for number, name in enumerate(names) if name not in store.known]
+        with progress("read verdict tokens", sum(map(len, batches)), "verdicts", len(scores)) as advance:
 
             def keep(key: str, read: list[list[float]]) -> None:
-                for i, (a, b) in zip(batches[int(key)], read, strict=True):
-                    scores[i] = (a, b)
+                store.add(names[int(key)], read)
+                take(int(key), read)
                 advance(len(read))
 
-            work = [(str(number), [prompts[i] for i in batch]) for number, batch in enumerate(batches)]
+            work = [(str(number), [prompts[i] for i in batches[number]]) for number in left]
             if self.processes > 1 and len(work) > 1:
                 from suasion.models import compute
                 from suasion.workers import spread
@@ -109,6 +144,17 @@ class LocalLlmGrader:
                 for key, batch in work:
                     keep(key, self._reader(batch))
         return scores
+
+    def _store(self) -> Path | None:
+        """The file of this model on this kind of machine: others round otherwise."""
+        import torch
+
+        from suasion.models import base_hash, compute
+
+        how = content_id(
+            "verdict-tokens", base_hash(self.section), canonical_json(compute(self.section).as_dict()), torch.__version__
+        )
+        return None if self.kept is None else self.kept / f"{how}.jsonl"
 
     @staticmethod
     def _judgement(read: tuple[float, float] | None) -> Judgement:

@@ -1,8 +1,9 @@
 """The `panel` grader: several graders vote, each with the weight that its measured accuracy earns.
 
 For votes that err independently the best weight is the log-odds of being right, w = ln(p / (1 - p)) (Nitzan & Paroush 1982); a member
-no better than a coin has none, and says so in its weight. The accuracy is measured on the panel's own pairs, by group, before anything
-is judged. A member's vote is 2 p_a - 1 where it gives a probability, else its label; members that give no answer are left out, and a
+no better than a coin has none, which is printed and stands in the facts. The accuracy is measured on the panel's own pairs, by group,
+before anything is judged; where nobody is better than a coin the run stops. In a fold of the panel's own measurement it does not: a panel
+without votes calls everything a tie there, which counts one half, as a coin does. A member's vote is 2 p_a - 1 where it gives a probability, else its label; members that give no answer are left out, and a
 panel in which nobody answers gives none.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from suasion.errors import UserError
-from suasion.grading.base import Comparison, Grader, Judgement, Served, decide
+from suasion.grading.base import Comparison, Grader, Judgement, Served, decide, rule
 from suasion.records import canonical_json, content_id
 
 SUREST = 0.99  # a finite number of pairs proves no accuracy of 1
@@ -32,6 +33,34 @@ class Member:
         """ln(p / (1 - p)), 0 for a member no better than a coin."""
         p = min(self.accuracy, SUREST)
         return math.log(p / (1 - p)) if p > 0.5 else 0.0
+
+
+def members_line(members: Sequence[Member]) -> str:
+    """Who has a vote, and how much of one, for the terminal."""
+    return "panel: " + ", ".join(
+        f"{member.name} {member.accuracy:.1%} "
+        + (f"(weight {member.weight:.2f})" if member.weight else "(no better than a coin: no weight)")
+        for member in members
+    )
+
+
+def members_facts(grader: Grader) -> dict[str, dict[str, dict[str, float]]]:
+    """{"members": name -> accuracy and weight} of a panel, for a manifest; {} for every other grader."""
+    if not isinstance(grader, PanelGrader):
+        return {}
+    told = {one.name: {"accuracy": round(one.accuracy, 4), "weight": round(one.weight, 4)} for one in grader.members}
+    return {"members": told}
+
+
+class NobodyVotes:
+    """A panel in a fold in which no member is better than a coin: it knows nothing, and says so of everything that no rule decides."""
+
+    kind = "panel"
+    fingerprint = content_id("panel", "nobody votes")
+
+    def grade(self, items: Sequence[Comparison]) -> list[Judgement]:
+        """A tie each, but for identical and empty texts."""
+        return [rule(item) or Judgement(0.5, "tie", "no member of the panel is better than a coin") for item in items]
 
 
 class PanelGrader:

@@ -18,6 +18,7 @@ from suasion.grading.build import announce, build_grader, measure, neutralise_le
 from suasion.grading.canaries import COMPARISONS, canary_comparisons, failing, require_canaries
 from suasion.grading.measure import Measurement
 from suasion.grading.pairs import SampledPair, TrainingPair, load_training_pairs, sampled_pairs
+from suasion.grading.panel import members_facts
 from suasion.progress import console
 from suasion.records import Verdict, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
@@ -62,6 +63,7 @@ def run_stage(stage: StageContext) -> StageResult:
         "fingerprint": grader.fingerprint,
         "length_slope": slopes if isinstance(spec, PanelGrader) else slopes.get(spec.kind, 0.0),
         "cross_validation": measured.as_facts() if measured else None,
+        **members_facts(grader),
         "canaries": canary_rates,
         "canaries_failed": failing(canary_rates),
         "outcomes": outcomes(judged),
