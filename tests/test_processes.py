@@ -121,6 +121,14 @@ def test_every_profile_trains_as_one_through_the_whole_run(alone, tmp_path, prof
     assert faults == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["ddp", "fsdp2"])
+def test_recomputed_activations_train_as_one_in_every_profile(alone, tmp_path, profile) -> None:
+    settings = ("sft.recompute_activations=true", f"processes={{profile: {profile}, count: 2}}")
+    directory, _ = run(load_recipe(TINY, (*STILL, *UNEVEN, *settings)), copy_of(alone, tmp_path), last="sft", redo="sft")
+    assert_alike(metrics(alone, "03-sft"), metrics(directory.path, "03-sft"))
+
+
 def joining(run_: Path, machine: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "suasion.cli", "join", str(run_), "--machine", str(machine)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from small_training import CPU, LORA, interrupt, nonzero_adapter, preference_pai
 from test_reward import SETTINGS, outcome_pairs
 from trl import SFTConfig
 
-from suasion.models import Lineage, load_policy, load_tokenizer
+from suasion.models import Lineage, load_policy, load_tokenizer, round_for_training
 from suasion.pipeline import recipe_slice
 from suasion.recipe import load_recipe
 from suasion.sections.training import LoraSection, SftSection
@@ -41,11 +42,13 @@ def layers(monkeypatch) -> list[int]:
     return passes
 
 
-def test_gradients_are_equal_bit_by_bit_and_less_is_kept(lineage):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_equal_bit_by_bit_and_less_is_kept(lineage, dtype):
     """Of a packed row of several pairs that share their prompts, with dropout on; log-probs too."""
     found = []
     for recompute in (False, True):
-        policy = load_policy(lineage, LoraSection(r=4, dropout=0.2), 0).train()
+        hardware = replace(CPU, dtype=dtype)
+        policy = round_for_training(load_policy(lineage, LoraSection(r=4, dropout=0.2), 0), hardware).train()
         if recompute:
             policy.activation_checkpointing_enable()
         kept = []
@@ -56,7 +59,7 @@ def test_gradients_are_equal_bit_by_bit_and_less_is_kept(lineage):
 
         torch.manual_seed(3)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            sums = score(policy, preference_pairs(5), CPU)[0]
+            sums = score(policy, preference_pairs(5), hardware)[0]
         (sums[:, 0] - sums[:, 1]).pow(2).sum().backward()
         gradients = {name: value.grad for name, value in policy.named_parameters() if value.grad is not None}
         found.append((sums.detach(), gradients, sum(kept)))
