@@ -116,7 +116,8 @@ class LocalLlmGrader:
         scores: dict[int, tuple[float, float]] = {}
         setup = {"model": self.section.model_dump(mode="json"), "letters": [one[0] for one in letters]}
         store = ReadBatches(self._store())
-        names = [content_id("verdict-batch", setup["letters"], *(prompts[i] for i in batch)) for batch in batches]
+        asked = ",".join(str(one[0]) for one in letters)
+        names = [content_id("verdict-batch", asked, *(",".join(map(str, prompts[i])) for i in batch)) for batch in batches]
 
         def take(number: int, read: list[list[float]]) -> None:
             scores.update({i: (a, b) for i, (a, b) in zip(batches[number], read, strict=True)})
