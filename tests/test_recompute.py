@@ -140,7 +140,7 @@ def test_what_the_advice_says_of_going_on_is_true():
 
     before = slices()
     assert slices("sft.recompute_activations=true", "dpo.rlaif.recompute_activations=true") == before
-    for setting in ("sft.micro_batch_tokens=99", "dpo.rlaif.micro_batch_tokens=99", "model.max_length=99"):
+    for setting in ("sft.micro_batch_tokens=99", "dpo.rlaif.micro_batch_tokens=99", "model.max_length=999"):
         assert slices(setting) != before
 
 

@@ -37,7 +37,9 @@ class ReadBatches:
     def __init__(self, path: Path | None):
         """path: None keeps nothing."""
         self.path, self.known = path, dict[str, list[list[float]]]()
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path is not None and path.is_file() else ():
+        text = path.read_text(encoding="utf-8", errors="replace") if path is not None and path.is_file() else ""
+        self._torn = bool(text) and not text.endswith("\n")  # what is added must not join it
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
                 self.known[row["key"]] = [[float(a), float(b)] for a, b in row["read"]]
@@ -50,7 +52,8 @@ class ReadBatches:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as handle:
-                handle.write(canonical_json({"key": key, "read": read}) + "\n")
+                handle.write("\n" * self._torn + canonical_json({"key": key, "read": read}) + "\n")
+            self._torn = False
 
 
 class LocalLlmGrader:
