@@ -18,10 +18,11 @@ import numpy as np
 
 from suasion.chat import Renderer
 from suasion.errors import UsageError, UserError
+from suasion.memory import free_memory
 from suasion.models import Lineage, compute, load_tokenizer
 from suasion.records import Turn, content_id
 from suasion.sampling.draws import Draw, Sampler
-from suasion.sampling.local import LocalSampler, free_memory
+from suasion.sampling.local import LocalSampler
 from suasion.sampling.respond import sampler_for
 from suasion.status import load_run
 
