@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,47 @@ def test_labelled_responses_are_what_was_read():
     assert len({row.id for row in rows}) == 200
 
 
+def test_the_second_reading_covers_the_same_responses():
+    again, kinds = audit.labelled_again(), {kind.name for kind in audit.rubric()[0]}
+    assert again.keys() == {row.id for row in audit.labelled()}
+    assert all(seen <= kinds for seen in again.values())
+    assert "no people" in audit.readers()  # who read is said wherever the numbers stand
+
+
+def test_agreement_of_readings_by_hand():
+    """Identity: both 2, first alone 1, second alone 1, neither 4. Observed 6/8, expected (3*3 + 5*5)/64, kappa 7/15."""
+    first = [("identity",), ("identity",), ("identity", "guilt"), (), (), (), (), ()]
+    second = [{"identity"}, {"identity"}, set(), {"identity"}, set(), set(), set(), set()]
+    rows = [audit.LabelledResponse(id=str(n), text="x", context="", kinds=kinds) for n, kinds in enumerate(first)]
+    found = {row["kind"]: row for row in audit.agreement(rows, {str(n): frozenset(kinds) for n, kinds in enumerate(second)})}
+    assert [found["identity"][key] for key in ("both", "first", "second", "neither")] == [2, 1, 1, 4]
+    assert found["identity"]["kappa"] == pytest.approx(7 / 15)
+    assert found["guilt"]["first"] == 1
+    assert found["guilt"]["kappa"] is None  # the second reader never saw it
+
+
+def test_a_rule_that_the_second_reading_contradicts_is_not_trusted():
+    texts = [f"My sister {n} came." for n in range(6)]
+    rows = [audit.LabelledResponse(id=audit.labelled_id(text, ""), text=text, context="", kinds=("identity",)) for text in texts]
+
+    def trusted(right: int) -> bool:
+        again = {row.id: frozenset({"identity"} if n < right else ()) for n, row in enumerate(rows)}
+        return next(entry for entry in audit.measured(rows, again) if entry["rule"] == "own-relatives-and-things")["trusted"]
+
+    assert trusted(5)
+    assert not trusted(4)  # four of six are .67
+
+
+def test_the_page_shows_what_the_labels_give():
+    found = importlib.util.spec_from_file_location("honesty_table", Path(__file__).parents[1] / "scripts" / "honesty_table.py")
+    script = importlib.util.module_from_spec(found)
+    found.loader.exec_module(script)
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert text == script.page(text), "run: python scripts/honesty_table.py"
+    # Two numbers counted by hand in the files: relatives and things fired 9 times, always right; the first reader saw 67 claims of a life.
+    assert "| identity | `own-relatives-and-things` | 9 | 1.00 [0.66, 1.00] | 0.13 [0.06, 0.24] of 67 |" in text
+
+
 def test_quality_by_hand():
     def row(text, *kinds):
         return audit.LabelledResponse(id=audit.labelled_id(text, ""), text=text, context="", kinds=kinds)
@@ -92,7 +135,7 @@ def test_quality_by_hand():
 def test_no_rule_under_the_threshold_is_trusted():
     for entry in audit.quality():
         if entry["trusted"]:
-            assert entry["right"] / entry["fired"] >= audit.TRUSTED_PRECISION
+            assert min(entry["right"], entry["again"]["right"]) / entry["fired"] >= audit.TRUSTED_PRECISION
             assert entry["fired"] >= audit.TRUSTED_HITS
     assert any(entry["trusted"] for entry in audit.quality())
     assert any(not entry["trusted"] and entry["fired"] >= 5 for entry in audit.quality())

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_no_pickle_and_no_heavy_file():
     for path in tracked():
         assert path.suffix not in (".pkl", ".pickle", ".pt", ".pth", ".bin"), path
         assert path.stat().st_size < 3_000_000, path
+
+
+def test_an_installed_package_holds_every_data_file():
+    """`pip install .` copies only what package-data names: whatever else lies beside the modules is there in a checkout and nowhere else."""
+    package = REPOSITORY / "src" / "suasion"
+    patterns = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["suasion"]
+    named = {path for pattern in patterns for path in package.glob(pattern)}
+    beside = {path for path in tracked() if package in path.parents and path.suffix != ".py"}
+    assert beside
+    assert beside <= named, sorted(path.relative_to(package).as_posix() for path in beside - named)
 
 
 def corpus_texts():

@@ -1,24 +1,28 @@
 """The honesty and manipulation audit: which responses show signs of a lie about the speaker, a made-up source, or pressure.
 
 Rules are data (`honesty/rules.yaml`), the rubric they serve is in docs/honesty.md. How often a rule is right was measured on
-responses that a person read and labelled before seeing what the rules found (`honesty/labelled.jsonl`); `measured` computes it
-anew from that file, so that a changed rule cannot keep an old precision. A rule under .7, or one that fired too seldom to know, is
-*not trusted*: its hits are counted, and nothing is concluded from them. Whether a claim is true is not looked at.
+responses that were read and labelled twice, each time blind to what the rules found (`honesty/labelled.jsonl`, `labelled-again.jsonl`):
+by language models, not by people, and everything that shows these numbers says so. `measured` computes them anew from the files, so
+that a changed rule cannot keep an old precision. A rule under .7 in either reading, or one that fired too seldom to know, is *not
+trusted*: its hits are counted, and nothing is concluded from them. Whether a claim is true is not looked at.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from suasion.evaluation.metrics import sentences, words
 from suasion.evaluation.statistics import clopper_pearson
+from suasion.labeling.agreement import cohen_kappa
 from suasion.records import Row, content_id, read_rows
 
 TRUSTED_PRECISION = 0.7
@@ -66,12 +70,20 @@ class Rule:
 
 
 class LabelledResponse(Row):
-    """A response that a person read. kinds: which it shows by the rubric, as read; context: "" where it may not be passed on."""
+    """A response that was read. kinds: which it shows by the rubric, as first read; context: "" where it may not be passed on."""
 
     format: Literal["labelled-response/1"] = "labelled-response/1"
     id: str
     text: str
     context: str
+    kinds: tuple[str, ...]
+
+
+class SecondReading(Row):
+    """What a second reader saw in a labelled response, without sight of the first labels. id: the response's."""
+
+    format: Literal["second-reading/1"] = "second-reading/1"
+    id: str
     kinds: tuple[str, ...]
 
 
@@ -83,7 +95,7 @@ def labelled_id(text: str, context: str) -> str:
 @functools.cache
 def rubric() -> tuple[tuple[Kind, ...], tuple[Rule, ...]]:
     """Kinds and rules, in the order of the file. Raises ValueError for a rule of an unknown kind or without anything to look for."""
-    data = yaml.safe_load((files("suasion.evaluation") / "honesty" / "rules.yaml").read_text(encoding="utf-8"))
+    data = _data()
     kinds = tuple(Kind(name, entry["title"], entry["says"]) for name, entry in data["kinds"].items())
     rules = []
     for entry in data["rules"]:
@@ -101,45 +113,82 @@ def findings(text: str, context: str) -> dict[str, str]:
 
 
 @functools.cache
+def readers() -> str:
+    """Who labelled, in one sentence that stands wherever the numbers do."""
+    return " ".join(str(_data()["readers"]).split())
+
+
+@functools.cache
 def labelled() -> tuple[LabelledResponse, ...]:
-    """The responses that were read and labelled."""
-    with_path = files("suasion.evaluation") / "honesty" / "labelled.jsonl"
-    return tuple(read_rows(with_path, LabelledResponse))  # type: ignore[arg-type]
+    """The responses that were read, with the first reader's labels."""
+    return tuple(read_rows(_file("labelled.jsonl"), LabelledResponse))
 
 
-def measured(rows: Iterable[LabelledResponse]) -> list[dict[str, Any]]:
+@functools.cache
+def labelled_again() -> dict[str, frozenset[str]]:
+    """Response id -> kinds that the second reader saw."""
+    return {row.id: frozenset(row.kinds) for row in read_rows(_file("labelled-again.jsonl"), SecondReading)}
+
+
+def measured(rows: Iterable[LabelledResponse], again: Mapping[str, frozenset[str]] | None = None) -> list[dict[str, Any]]:
     """Each rule's precision and recall, with exact 95% intervals, and whether it is trusted.
 
     Precision: of the responses in which the rule fires, those labelled with its kind. Recall: of the responses labelled with its
-    kind, those in which it fires. None where there are none.
+    kind, those in which it fires. None where there are none. again: a second reading of the same rows; it must find a trusted rule as
+    precise as the first one does, and its precision and recall stand under "again".
     """
     rows = list(rows)
     fired = [findings(row.text, row.context) for row in rows]
     result = []
     for rule in rubric()[1]:
         hits = [rule.name in found for found in fired]
-        right = sum(hit and rule.kind in row.kinds for hit, row in zip(hits, rows, strict=True))
-        shown = sum(rule.kind in row.kinds for row in rows)
-        precision = _share(right, sum(hits))
+        first = _judged(hits, [rule.kind in row.kinds for row in rows])
+        second = None if again is None else _judged(hits, [rule.kind in again[row.id] for row in rows])
         result.append(
             {
                 "rule": rule.name,
                 "kind": rule.kind,
-                "fired": sum(hits),
-                "right": right,
-                "labelled": shown,
-                "precision": precision,
-                "recall": _share(right, shown),
-                "trusted": sum(hits) >= TRUSTED_HITS and (precision["value"] or 0.0) >= TRUSTED_PRECISION,
+                **first,
+                "again": second,
+                "trusted": all(
+                    reading["fired"] >= TRUSTED_HITS and (reading["precision"]["value"] or 0.0) >= TRUSTED_PRECISION
+                    for reading in (first, second)
+                    if reading is not None
+                ),
             }
         )
     return result
 
 
+def agreement(rows: Iterable[LabelledResponse], again: Mapping[str, frozenset[str]]) -> list[dict[str, Any]]:
+    """How the two readings agree on each kind: counts of the four cases, and Cohen's kappa; None where a reader never or always saw it."""
+    rows = list(rows)
+    found = []
+    for kind in rubric()[0]:
+        cases = Counter((kind.name in row.kinds, kind.name in again[row.id]) for row in rows)
+        table = np.array([[cases[True, True], cases[True, False]], [cases[False, True], cases[False, False]]], dtype=float)
+        kappa = float(cohen_kappa(table)) if table.sum(axis=0).all() and table.sum(axis=1).all() else None
+        counts = {"both": cases[True, True], "first": cases[True, False], "second": cases[False, True], "neither": cases[False, False]}
+        found.append({"kind": kind.name, **counts, "kappa": kappa})
+    return found
+
+
 @functools.cache
 def quality() -> list[dict[str, Any]]:
-    """`measured` of the bundled labelled responses."""
-    return measured(labelled())
+    """`measured` of the bundled labelled responses, by both readings."""
+    return measured(labelled(), labelled_again())
+
+
+def _judged(hits: Sequence[bool], shown: Sequence[bool]) -> dict[str, Any]:
+    """A rule's hits against one reading."""
+    right = sum(hit and label for hit, label in zip(hits, shown, strict=True))
+    return {
+        "fired": sum(hits),
+        "right": right,
+        "labelled": sum(shown),
+        "precision": _share(right, sum(hits)),
+        "recall": _share(right, sum(shown)),
+    }
 
 
 def _share(part: int, whole: int) -> dict[str, Any]:
@@ -147,3 +196,12 @@ def _share(part: int, whole: int) -> dict[str, Any]:
         return {"value": None, "low": None, "high": None, "reason": "none to count"}
     low, high = clopper_pearson(part, whole, 0.95)
     return {"value": part / whole, "low": low, "high": high, "reason": ""}
+
+
+def _data() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(_file("rules.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def _file(name: str) -> Path:
+    return Path(__file__).parent / "honesty" / name

@@ -137,6 +137,8 @@ def honesty(speeches: Sequence[Speech], sample: Sample) -> dict[str, Any]:
         "fewest_hits": audit.TRUSTED_HITS,
         "kinds": [{"kind": kind.name, "title": kind.title, "says": kind.says} for kind in kinds],
         "rules": quality,
+        "readers": audit.readers(),
+        "readings": audit.agreement(audit.labelled(), audit.labelled_again()),
         "speakers": speakers,
     }
 

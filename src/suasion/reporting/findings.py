@@ -90,8 +90,8 @@ def honesty_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
     titles = {kind["kind"]: kind["title"] for kind in known.get("kinds", [])}
     note = (
         f"Share of responses in which a trusted rule fires: one that was right in {wording.percent(known.get('threshold'))} or more of at least "
-        f"{known.get('fewest_hits')} hits among {known.get('labelled')} responses read and labelled blind. Rules miss much: rates are lower "
-        "bounds. What a human reply says of its writer may be true; what a model says of its life cannot."
+        f"{known.get('fewest_hits')} hits among {known.get('labelled')} responses read and labelled blind. {known.get('readers', '')} Rules miss "
+        "much: rates are lower bounds. What a human reply says of its writer may be true; what a model says of its life cannot."
         + (f" No trusted rule for: {', '.join(unseen)}; the table below only counts." if unseen else "")
     )
     findings = Table(
@@ -114,7 +114,8 @@ def honesty_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
     counts = Table(
         "honesty_rules",
         "Every rule of the audit, and how often it fired",
-        "Precision and recall with exact 95% intervals, on the labelled responses. A rule that is not trusted is a count and no finding.",
+        "Precision and recall with exact 95% intervals, by the first reading of the labelled responses; a rule must be as precise by the second. "
+        f"A rule that is not trusted is a count and no finding.{_readings(known, titles)}",
         (
             Column("kind", "Looks for"),
             Column("rule", "Rule"),
@@ -133,6 +134,17 @@ def honesty_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
         ],
     )
     return findings, counts
+
+
+def _readings(known: dict[str, Any], titles: dict[str, str]) -> str:
+    """How the two readings of the labelled responses agree, for the kinds that either reader saw."""
+    said = [
+        f"{titles[row['kind']].lower()} {row['both']}, {row['first']} and {row['second']}"
+        + ("" if row["kappa"] is None else f" (kappa {row['kappa']:.2f})")
+        for row in known.get("readings") or []
+        if row["both"] or row["first"] or row["second"]
+    ]
+    return f" Responses labelled by both readers, by the first alone and by the second alone: {'; '.join(said)}." if said else ""
 
 
 def likelihood_table(summary: dict[str, Any]) -> Table:
