@@ -24,8 +24,14 @@ def tables() -> str:
     ]
     for row in audit.quality():
         again = row["again"]
-        shares = [_share(one[key], one["labelled"] if key == "recall" else None) for one in (row, again) for key in ("precision", "recall")]
-        lines.append(f"| {row['kind']} | `{row['rule']}` | {row['fired']} | {' | '.join(shares)} | {'yes' if row['trusted'] else 'no'} |")
+        shares = [
+            _share(one[key], one["labelled"] if key == "recall" else None)
+            for one in (row, again)
+            for key in ("precision", "recall")
+        ]
+        lines.append(
+            f"| {row['kind']} | `{row['rule']}` | {row['fired']} | {' | '.join(shares)} | {'yes' if row['trusted'] else 'no'} |"
+        )
     lines += [
         "",
         "| kind | labelled by both | by the first alone | by the second alone | by neither | kappa |",

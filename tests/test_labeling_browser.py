@@ -102,6 +102,14 @@ class Person:
         db.close()
         return rows
 
+    def reasons(self) -> list[str]:
+        """Why this person skipped, in order."""
+        db = sqlite3.connect(self.store_path)
+        query = "select json_extract(body, '$.reason') from events where annotator = ? and kind = 'skip' order by n"
+        found = [reason for (reason,) in db.execute(query, (self.who,))]
+        db.close()
+        return found
+
     def press(self, *keys: str) -> None:
         for key in keys:
             self.page.keyboard.press(key)
@@ -194,6 +202,13 @@ def test_a_skip_wants_a_reason_and_pointers_work_too(person):
     page.get_by_role("radio", name="Very clear").click(force=True)  # the second answer of the two saves
     one.ready(second)
     assert len(one.labels()) == 2
+    third = one.task
+    one.press("b", "s", "Escape")  # a way back, which leaves the choice alone
+    expect(page.get_by_role("button", name="It upsets me")).to_be_hidden()
+    one.press("s", "2")  # while reasons are shown, a number is a reason and no clarity
+    one.ready(third)
+    assert one.labels()[-1] == (third, "none")
+    assert one.reasons()[-1] == "I know this thread"
     third = one.task
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_role("status")).to_have_text("Choose A, B, tie or both bad first.")
@@ -405,7 +420,8 @@ def test_the_researchers_journey(chromium, tmp_path):
         ann.accessible()
         expect(bob.page.get_by_role("heading", name="Thank you")).to_be_visible()
         bob.picture("done-dark")
-        bob.page.get_by_role("button", name="Undo").click()  # even the last answer can be taken back
+        bob.press("u")  # even the last answer can be taken back, by key as well
+        expect(bob.page.locator("input[name=task]")).to_have_count(1)
         bob.ready()
         bob.press("t", "1")
         expect(bob.page.get_by_role("heading", name="Everything is labelled")).to_be_visible()

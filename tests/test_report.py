@@ -23,6 +23,7 @@ from suasion.errors import UserError
 from suasion.evaluation.summary import HUMAN, summarise
 from suasion.recipe import Recipe, dump_recipe
 from suasion.records import content_id, write_json, write_rows
+from suasion.reporting import figures
 from suasion.reporting import page as pages
 from suasion.reporting.cards import DISCLOSURE
 from suasion.reporting.findings import hours_table
@@ -288,6 +289,49 @@ def test_markdown_renders_with_whole_tables_and_existing_figures(run):
         assert (root / "10-report" / target).is_file()
     for sentence in summary["headline"] + summary["caveats"]:
         assert sentence in text
+
+
+def test_the_markdown_reads_like_a_short_paper(run):
+    """Question, answer, data, method, results, limits, references, in this order; what is measured stands under Results."""
+    text = (run[0] / "10-report" / "report.md").read_text()
+    sections = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    order = ["Question", "Answer", "Data", "Method", "Results", "Limits", "Reproducing this run", "References"]
+    assert [name for name in sections if name in order] == order
+    of = dict(zip(sections, re.split(r"^## .+$", text, flags=re.MULTILINE)[1:], strict=True))
+    assert "examples alone (sft), AI preferences (rlaif), simulated human preferences (rlhf)" in of["Question"]
+    assert "simulated human preferences after rlaif (rlaif-rlhf)" in of["Question"]
+    assert "AI preferences on the pairs that people labelled (rlaif-matched)" in of["Question"]
+    for name, section in (("What was dropped, and why", "Data"), ("The preferences of each arm", "Method"), ("Every comparison", "Results"), ("Honesty and manipulation", "Results")):  # fmt: skip
+        assert f"### {name}" in of[section], name
+    assert "Base models may have read these threads" in of["Limits"]
+
+
+def test_every_point_of_the_training_curves_is_in_a_file(run):
+    root, _ = run
+    rows = list(csv.DictReader(io.StringIO((root / "10-report" / "tables" / "curves.csv").read_text())))
+    assert [(row["step"], row["loss"]) for row in rows if row["model"] == "sft"] == [(str(i), str(3 - i / 10)) for i in range(12)]
+    own = [row for row in rows if row["model"] == "rlhf (simulated)"]
+    assert [float(row["chosen_logp"]) for row in own] == [-9 - i for i in range(12)]
+    assert [row["kl"] for row in own] == ["", "", "", "0.01", *[""] * 8]
+
+
+def test_people_have_a_forest_of_their_own(run):
+    """Their rates and intervals as they stand in the summary; no such figure where nobody judged."""
+    summary = json.loads((run[0] / "10-report" / "summary.json").read_text())
+    assert figures.people_forest(summary) is None
+    assert "forest-people" not in run[1]
+    told = [
+        {**c, "value": 0.7, "low": 0.6, "high": 0.8}
+        for c in summary["comparisons"]
+        if c["second"] == "base" and c["first"] != "human"
+    ]
+    rows = [{"first": c["first"], "second": "base", "corrected": {"value": 0.66 if c["first"] == "rlhf" else None}} for c in told]
+    drawn = figures.people_forest({**summary, "people": {"judged": 9, "tested": told, "comparisons": rows}})
+    assert drawn.name == "forest-people"
+    assert "rlhf (simulated) 70%, interval 60–80%" in drawn.alt
+    assert drawn.svg.count(b"70%  (60") == len(told)
+    plain = figures.people_forest({**summary, "people": {"judged": 9, "tested": told, "comparisons": []}})
+    assert plain.svg != drawn.svg  # the corrected rate is a diamond of its own
 
 
 def test_tables_hold_the_numbers_of_the_summary(run):

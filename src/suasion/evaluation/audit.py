@@ -168,7 +168,12 @@ def agreement(rows: Iterable[LabelledResponse], again: Mapping[str, frozenset[st
         cases = Counter((kind.name in row.kinds, kind.name in again[row.id]) for row in rows)
         table = np.array([[cases[True, True], cases[True, False]], [cases[False, True], cases[False, False]]], dtype=float)
         kappa = float(cohen_kappa(table)) if table.sum(axis=0).all() and table.sum(axis=1).all() else None
-        counts = {"both": cases[True, True], "first": cases[True, False], "second": cases[False, True], "neither": cases[False, False]}
+        counts = {
+            "both": cases[True, True],
+            "first": cases[True, False],
+            "second": cases[False, True],
+            "neither": cases[False, False],
+        }
         found.append({"kind": kind.name, **counts, "kappa": kappa})
     return found
 

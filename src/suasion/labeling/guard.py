@@ -112,7 +112,10 @@ class Guard:
     def _refusal(self, method: str, headers: dict[bytes, str]) -> tuple[int, str] | None:
         host = headers.get(b"host", "")
         if urlsplit(f"//{host}").hostname not in self.hosts:
-            return 421, "This server does not answer under that name. Start it with --host or --name for it."
+            return (
+                421,
+                "This server does not answer under that name. Start it with --host (or, for the labelling page, --url) for it.",
+            )
         if method not in ("GET", "HEAD", "POST"):
             return 405, "Not allowed."
         if method == "POST":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from suasion.records import Label
 TOO_FAST = 800 / 60  # words a second
 FAST_SHARE = 0.2  # share of such labels from which an annotator is pointed out
 FEWEST = 10  # labels before anybody is pointed out
+TOO_SLOW = 3  # times slower than the others' median: what ran was perhaps the clock, while nobody read
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,16 @@ def chose_left(given: Given) -> bool:
 
 
 def people(state: State, work: Work, annotators: Sequence[str]) -> list[Person]:
-    """Every annotator, in the order given."""
-    return [_person(state, work, who) for who in annotators]
+    """Every annotator, in the order given, with remarks on those who stand out; too slow is only said beside two others at least."""
+    pace = {who: median for who in annotators if (median := _pace(state, work, who)) is not None}
+    found = []
+    for who in annotators:
+        person = _person(state, work, who)
+        others = [own for other, own in pace.items() if other != who]
+        if who in pace and len(others) > 1 and pace[who] * TOO_SLOW < statistics.median(others):
+            person = replace(person, warnings=(*person.warnings, "much slower than the others"))
+        found.append(person)
+    return found
 
 
 def _person(state: State, work: Work, who: str) -> Person:
@@ -85,6 +94,13 @@ def _person(state: State, work: Work, who: str) -> Person:
         excluded=state.excluded.get(who),
         warnings=tuple(warnings),
     )
+
+
+def _pace(state: State, work: Work, who: str) -> float | None:
+    """Median words a second of this annotator's labels, None for too few."""
+    labels = [given for given in state.of(who) if given.label.label != "none" and given.label.kind in ("first", "second")]
+    speeds = [speed for given in labels if (speed := _speed(given, work)) is not None]
+    return statistics.median(speeds) if len(speeds) >= FEWEST else None
 
 
 def _speed(given: Given, work: Work) -> float | None:

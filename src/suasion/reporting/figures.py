@@ -108,7 +108,7 @@ class Drawing:
 def draw_all(summary: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> list[Drawing]:
     """All figures that the data allow, in the order of the report. curves: stage model -> rows of its metrics.jsonl."""
     with matplotlib.rc_context(STYLE):
-        drawings = [forest(summary), matrix(summary)]
+        drawings = [one for one in (forest(summary), people_forest(summary), matrix(summary)) if one is not None]
         drawings += [panel for key, title, form in TEXT_PANELS if (panel := text_panel(summary, key, title, form))]
         drawings += honesty_panels(summary)
         return drawings + training_panels(summary, curves)
@@ -117,50 +117,88 @@ def draw_all(summary: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -
 def forest(summary: dict[str, Any]) -> Drawing:
     """Win rate of each trained model against base, with intervals; open diamonds are length-controlled rates."""
     models = [m for m in summary["models"] if m["name"] != "base"]
-    rows = [(m, m["win_vs_base"] or {"value": None}, m["length_controlled_vs_base"] or {"value": None}) for m in models]
-    values = [v for _, rate, lc in rows for v in (rate.get("low"), rate.get("high"), lc["value"]) if v is not None]
+    rows = [
+        _Row(
+            m["label"],
+            m["name"],
+            m["simulated"],
+            m["win_vs_base"] or {"value": None},
+            (m["length_controlled_vs_base"] or {}).get("value"),
+        )
+        for m in models
+    ]
+    detectable = next(row["win_rate"] for row in summary["power"]["detectable"] if row["name"] == "ties")
+    edge = min(detectable, 1.0) - 0.5 if detectable is not None else 0.5
+    title = "Win rate of each model against the untrained base model"
+    return _forest(summary, rows, "forest", title, "win rate against the untrained base model", edge)
+
+
+def people_forest(summary: dict[str, Any]) -> Drawing | None:
+    """The same where people judged: their own rates, and as diamonds the grader's corrected by theirs. None where nobody did."""
+    known = summary.get("people") or {}
+    models = {m["name"]: m for m in summary["models"]}
+    corrected = {(row["first"], row["second"]): row["corrected"]["value"] for row in known.get("comparisons") or []}
+    rows = [
+        _Row(models[name]["label"], name, models[name]["simulated"], told, corrected.get((name, "base")))
+        for told in known.get("tested") or []
+        if told["second"] == "base" and (name := told["first"]) in models
+    ]
+    if not rows:
+        return None
+    title = "Win rate of each model against the untrained base model in people’s eyes"
+    return _forest(summary, rows, "forest-people", title, "win rate in people’s eyes, blind")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of a forest plot. rate: an estimate; diamond: a second value of the same thing, None without one."""
+
+    label: str
+    model: str
+    simulated: bool
+    rate: dict[str, Any]
+    diamond: float | None
+
+
+def _forest(summary: dict[str, Any], rows: list[_Row], name: str, title: str, axis: str, band: float | None = None) -> Drawing:
+    """Rates around one half, with their intervals in words and lines. band: half the width of what would usually go unseen."""
+    values = [v for row in rows for v in (row.rate.get("low"), row.rate.get("high"), row.diamond) if v is not None]
     reach = min(0.5, max([0.25, *(abs(v - 0.5) + 0.04 for v in values)]))
     left, right = 0.5 - reach, 0.5 + reach
     figure, axes = new_axes(WIDE, 0.6 + 0.48 * max(2, len(rows)))
-    detectable = next(row["win_rate"] for row in summary["power"]["detectable"] if row["name"] == "ties")
-    edge = min(detectable, 1.0) - 0.5 if detectable is not None else 0.5
-    axes.axvspan(max(left, 0.5 - edge), min(right, 0.5 + edge), color=BAND, lw=0, zorder=0)
+    if band is not None:
+        axes.axvspan(max(left, 0.5 - band), min(right, 0.5 + band), color=BAND, lw=0, zorder=0)
     axes.axvline(0.5, color=MUTED, lw=0.9, zorder=1)
-    for row, (model, rate, lc) in enumerate(rows):
-        colour = _colour(summary, model["name"])
-        axes.text(left, row - 0.3, model["label"], ha="left", va="center", color=INK)
+    for place, row in enumerate(rows):
+        colour, rate = _colour(summary, row.model), row.rate
+        axes.text(left, place - 0.3, row.label, ha="left", va="center", color=INK)
         if rate["value"] is None:
-            axes.text(right, row - 0.3, "cannot say", ha="right", va="center", color=MUTED)
+            axes.text(right, place - 0.3, "cannot say", ha="right", va="center", color=MUTED)
             continue
-        axes.text(
-            right,
-            row - 0.3,
-            f"{percent(rate['value'])}  ({interval(rate['low'], rate['high'])})",
-            ha="right",
-            va="center",
-            color=INK,
-        )
-        axes.plot([rate["low"], rate["high"]], [row + 0.12] * 2, color=colour, lw=2.2, solid_capstyle="butt", zorder=2)
-        face = PAPER if model["simulated"] else colour
-        axes.plot(rate["value"], row + 0.12, "o", ms=7, mfc=face, mec=colour, mew=1.6, zorder=3)
-        if lc["value"] is not None:
-            axes.plot(lc["value"], row + 0.33, "D", ms=3.8, mfc=PAPER, mec=MUTED, mew=1.0, zorder=4)
+        said = f"{percent(rate['value'])}  ({interval(rate['low'], rate['high'])})"
+        axes.text(right, place - 0.3, said, ha="right", va="center", color=INK)
+        axes.plot([rate["low"], rate["high"]], [place + 0.12] * 2, color=colour, lw=2.2, solid_capstyle="butt", zorder=2)
+        face = PAPER if row.simulated else colour
+        axes.plot(rate["value"], place + 0.12, "o", ms=7, mfc=face, mec=colour, mew=1.6, zorder=3)
+        if row.diamond is not None:
+            axes.plot(row.diamond, place + 0.33, "D", ms=3.8, mfc=PAPER, mec=MUTED, mew=1.0, zorder=4)
     axes.set_xlim(left, right)
     axes.set_ylim(max(1, len(rows)) - 0.45, -0.65)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: percent(value))
-    axes.set_xlabel("win rate against the untrained base model")
+    axes.set_xlabel(axis)
     if not rows:
         axes.text(0.5, 0, "no trained model yet", ha="center", color=MUTED)
-    said = [
-        f"{m['label']} {percent(r['value'])}, interval {interval(r['low'], r['high'])}"
-        if r["value"] is not None
-        else f"{m['label']} cannot say"
-        for m, r, _ in rows
+    said_of = [
+        f"{row.label} {percent(row.rate['value'])}, interval {interval(row.rate['low'], row.rate['high'])}"
+        if row.rate["value"] is not None
+        else f"{row.label} cannot say"
+        for row in rows
     ]
-    alt = f"Win rates against base: {'; '.join(said)}." if said else "No trained model was compared with base."
-    return finished(figure, "forest", "Win rate of each model against the untrained base model", alt)
+    start = "Win rates against base" if name == "forest" else "Win rates against base in people’s eyes"
+    alt = f"{start}: {'; '.join(said_of)}." if said_of else "No trained model was compared with base."
+    return finished(figure, name, title, alt)
 
 
 def matrix(summary: dict[str, Any]) -> Drawing:

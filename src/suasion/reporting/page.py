@@ -16,6 +16,7 @@ from suasion.evaluation import wording
 from suasion.evaluation.summary import HUMAN, ModelVerdict, controls, primary_pairs
 from suasion.recipe import Recipe
 from suasion.records import Example, Response
+from suasion.reporting import results
 from suasion.reporting.examples import SETS, shown_examples
 from suasion.reporting.findings import (
     honesty_tables,
@@ -25,8 +26,9 @@ from suasion.reporting.findings import (
     strategies_table,
     text_tables,
 )
-from suasion.reporting.making import RECORDED, judge_sentence, making, number, recorded, source_name
-from suasion.reporting.table import Column, Table, portable
+from suasion.reporting.making import RECORDED, judge_sentence, making, number, recorded
+from suasion.reporting.results import Curves
+from suasion.reporting.table import Table, portable
 from suasion.sections.training import DpoArm
 
 REFERENCES = (
@@ -56,10 +58,11 @@ def build_page(
     lineages: dict[str, str],
     corpus_counts: Any,
     timings: dict[str, list[dict[str, Any]]] | None = None,
+    curves: Curves | None = None,
 ) -> dict[str, Any]:
     """Everything that the templates need but figures. lineages: model -> lineage hash, as in evaluate's models.json.
 
-    timings: as in the run's timings.json, for the hours of each stage.
+    timings: as in the run's timings.json, for the hours of each stage. curves: model -> rows of its training's metrics.jsonl.
     """
     facts = summary["facts"]
     simulated = recipe.human_labels.source.kind == "simulated"
@@ -67,7 +70,7 @@ def build_page(
     waiting = [{"model": name, "reason": reason} for name, reason in sorted((facts.get("waiting") or {}).items())]
     absent = [name for name in recipe.model_names() if name not in lineages and name not in (facts.get("waiting") or {})]
     waiting += [{"model": name, "reason": "not trained in this run"} for name in absent]
-    tables = _tables(summary, recipe, corpus_counts, lineages, simulated, timings or {})
+    tables = _tables(summary, recipe, corpus_counts, lineages, simulated, timings or {}, curves or {})
     return {
         "title": recipe.report.title,
         "run": recipe.name,
@@ -80,6 +83,7 @@ def build_page(
         "waiting": waiting,
         "tables": tables,
         "recorded": [name for name in RECORDED if tables[name].rows],
+        "question": _question(recipe, simulated),
         "method": _method(summary, recipe, simulated),
         "judge": judge_sentence(facts),
         "examples": shown_examples(summary, recipe, examples, responses, verdicts, lineages),
@@ -119,211 +123,53 @@ def _tables(
     lineages: dict[str, str],
     simulated: bool,
     timings: dict[str, list[dict[str, Any]]],
+    curves: Curves,
 ) -> dict[str, Table]:
     labels = {model["name"]: model["label"] for model in summary["models"]} | {HUMAN: "human reply"}
     facts = summary["facts"]
-    level = f"{100 * summary['confidence']:.0f}%"
-    models = [
-        {
-            "model": m["label"],
-            "vs_base": m["win_vs_base"],
-            "vs_sft": m["win_vs_sft"],
-            "vs_human": m["win_vs_human"],
-            "length_controlled": m["length_controlled_vs_base"],
-            "rank_score": m["rank_score"],
-            "strength": m["strength"],
-            "verdict": m["verdict_vs_base"],
-        }
-        for m in summary["models"]
-    ]
-    arms = []
-    for arm in recipe.dpo:
-        if arm.name not in lineages:
-            continue
-        known = (facts.get("arms") or {}).get(arm.name) or {}
-        source = "human (simulated)" if arm.labels == "human" and simulated else arm.labels
-        texts = "imported texts" if arm.labels == "human" and wording.imported_texts(recipe) else f"{arm.pool} pool"
-        moved = None if known.get("moved") is None else "yes" if known["moved"] else "did not move"
-        arms.append(
-            {
-                "arm": labels.get(arm.name, arm.name),
-                "labels": f"{source}, {texts}",
-                "start": arm.start,
-                **known,
-                "moved": moved,
-            }
-        )
-    matrix = summary["matrix"]
-    cells = [
-        {"first": labels[a], "second": labels[b], **{key: matrix[key][i][j] for key in ("rate", "scored", "asked")}}
-        for i, a in enumerate(matrix["names"])
-        for j, b in enumerate(matrix["names"])
-        if i != j
-    ]
-    agreement = [
-        {**row, "a": source_name(row["a"], simulated), "b": source_name(row["b"], simulated)}
-        for row in facts.get("agreement") or []
-    ]
     tables = (
-        Table(
-            "models",
-            "The models",
-            f"Win rates with {level} intervals by conversation, ties as half; the verdict is the Holm-corrected sign test against base. "
-            "Strength: Bradley–Terry, natural log, base at 0. Rank score: mean normalised rank among the models.",
-            (
-                Column("model", "Model"),
-                Column("vs_base", "Against base", "estimate"),
-                Column("verdict", "Verdict"),
-                Column("vs_sft", "Against sft", "estimate"),
-                Column("vs_human", "Against human reply", "estimate"),
-                Column("length_controlled", "Against base, equal length", "estimate"),
-                Column("rank_score", "Rank score", "estimate"),
-                Column("strength", "Strength", "log"),
-            ),
-            models,
-        ),
-        _comparisons_table(
-            "comparisons",
-            "Every comparison",
-            "Primary comparisons were decided on beforehand and are corrected together (Holm). All others are exploratory: their "
-            f"p-values and verdicts are not corrected. Near even: equivalent within {100 * summary['equivalence_margin']:.0f} points of one "
-            "half (two one-sided tests).",
-            summary["comparisons"],
-            labels,
-        ),
-        _comparisons_table(
-            "people_comparisons",
-            "The same in people’s eyes",
-            "Verdicts of people who saw neither names nor lengths, apart from the grader’s and tested in the same way. Equal texts are ties that "
-            "nobody was asked about.",
-            (summary.get("people") or {}).get("tested") or [],
-            labels,
-        ),
-        Table(
-            "arms",
-            "The trainings",
-            "Margin: mean implicit reward of chosen minus rejected at the end. KL: to the model the arm started from. Changed: share of "
-            "responses that differ from sft's.",
-            (
-                Column("arm", "Arm"),
-                Column("labels", "Labels"),
-                Column("start", "Starts from"),
-                Column("steps", "Steps", "count"),
-                Column("first_loss", "First loss", "small"),
-                Column("margin", "Margin", "small"),
-                Column("kl", "KL", "small"),
-                Column("changed_share", "Changed", "percent"),
-                Column("moved", "Moved"),
-            ),
-            arms,
-        ),
-        Table(
-            "power",
-            "What this run could detect",
-            f"Smallest true win rate found with {wording.percent(summary['power']['power'])} power by a two-sided sign test, exact binomial. "
-            f"Each line adds to the one above. Two equal models would be shown equivalent with {wording.percent(summary['power']['equivalence'])} "
-            f"power; below {wording.percent(summary['power']['power'])} “cannot say” stands for “equivalent”.",
-            (Column("assuming", "Assuming"), Column("win_rate", "Smallest true win rate", "threshold")),
-            summary["power"]["detectable"],
-        ),
-        Table(
-            "agreement",
-            "Agreement of label sources",
-            "On pairs that both sources decided.",
-            (
-                Column("a", "Source"),
-                Column("b", "And"),
-                Column("on", "On"),
-                Column("agree", "Agree", "percent"),
-                Column("n", "Pairs", "count"),
-            ),
-            agreement,
-        ),
+        results.models_table(summary),
+        results.comparisons_table(summary, labels),
+        results.people_comparisons_table(summary, labels),
+        results.arms_table(summary, recipe, lineages, labels),
+        results.curves_table(curves, labels),
+        results.power_table(summary),
+        results.agreement_table(facts, simulated),
         *text_tables(summary),
         *honesty_tables(summary),
         likelihood_table(summary),
         strategies_table(summary),
         people_table(summary),
-        hours_table(
-            timings,
-            recipe.report.price_per_hour,
-            [
-                "corpus",
-                "pools",
-                "sft",
-                "sample",
-                "ai-labels",
-                "human-labels",
-                "preferences",
-                *(f"dpo-{arm.name}" for arm in recipe.dpo),
-                "evaluate",
-            ],
-        ),
+        hours_table(timings, recipe.report.price_per_hour, _stages(recipe)),
         *making(corpus_counts, facts, recipe, {name: labels.get(name, name) for name in lineages}),
         *recorded(corpus_counts, facts, simulated, labels),
-        Table(
-            "matrix",
-            "Win rate of the first against the second",
-            "",
-            (
-                Column("first", "Model"),
-                Column("second", "Against"),
-                Column("rate", "Win rate", "number"),
-                Column("scored", "Scored", "count"),
-                Column("asked", "Asked", "count"),
-            ),
-            cells,
-        ),
-        Table(
-            "lineage",
-            "Lineages",
-            "",
-            (Column("model", "Model"), Column("lineage", "Hash")),
-            [{"model": labels.get(name, name), "lineage": value} for name, value in lineages.items()],
-        ),
-        Table(
-            "packages",
-            "Package versions",
-            "",
-            (Column("package", "Package"), Column("version", "Version")),
-            [{"package": k, "version": v} for k, v in sorted((facts.get("packages") or {}).items())],
-        ),
+        results.matrix_table(summary, labels),
+        results.lineage_table(lineages, labels),
+        results.packages_table(facts),
     )
     return {table.name: table for table in tables}
 
 
-def _comparisons_table(name: str, title: str, note: str, comparisons: list[dict[str, Any]], labels: dict[str, str]) -> Table:
-    """Comparisons of a summary, the grader's or people's, as one table."""
-    return Table(
-        name,
-        title,
-        note,
-        (
-            Column("first", "Model"),
-            Column("second", "Against"),
-            Column("family", "Family"),
-            Column("win_rate", "Win rate", "estimate"),
-            Column("verdict", "Verdict"),
-            Column("wins", "Wins", "count"),
-            Column("ties", "Ties", "count"),
-            Column("losses", "Losses", "count"),
-            Column("scored", "Scored", "of"),
-            Column("p", "p", "p"),
-            Column("p_holm", "p, Holm", "p"),
-            Column("equivalent", "Near even"),
-        ),
-        [
-            {
-                "first": labels[c["first"]],
-                "second": labels[c["second"]],
-                "family": c["family"],
-                "win_rate": c,
-                "scored": c,
-                **{key: c[key] for key in ("wins", "ties", "losses", "p", "p_holm", "equivalent", "verdict")},
-            }
-            for c in comparisons
-        ],
-    )
+def _stages(recipe: Recipe) -> list[str]:
+    """The stages that take time, in their order; a report cannot tell its own."""
+    arms = [f"dpo-{arm.name}" for arm in recipe.dpo]
+    return ["corpus", "pools", "sft", "sample", "ai-labels", "human-labels", "preferences", *arms, "evaluate"]
+
+
+def _question(recipe: Recipe, simulated: bool) -> str:
+    """What this run compares, as a sentence."""
+    feedback = ["examples alone (sft)"]
+    for arm in recipe.dpo:
+        source = "AI" if arm.labels == "ai" else "simulated human" if simulated else "human"
+        where = (
+            " on the pairs that people labelled"
+            if arm.matched and not wording.imported_texts(recipe)
+            else ""
+            if arm.start == "sft"
+            else f" after {arm.start}"
+        )
+        feedback.append(f"{source} preferences{where} ({arm.name})")
+    return f"This run compares {wording.listed(feedback)} with the untrained model, on the same sealed prompts and beside the real human replies."
 
 
 def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[str]:

@@ -44,6 +44,12 @@ def publish(run_path: Path, out_dir: Path, corpus_texts: Iterable[str]) -> int:
             f"{report}/summary.json is not the summary of {evaluate.name}: the report is stale. Run again with --redo report."
         )
     recipe = load_recipe(run_path / "recipe.yaml")
+    metrics = {
+        Input(name, "metrics.jsonl"): path
+        for name in ("sft", *(f"dpo-{arm.name}" for arm in recipe.dpo))
+        for path in run_path.glob(f"[0-9][0-9]-{name}/metrics.jsonl")
+    }
+    curves = read_curves(recipe, metrics)
     page = build_page(
         read_json(report / "summary.json"),
         recipe,
@@ -53,6 +59,7 @@ def publish(run_path: Path, out_dir: Path, corpus_texts: Iterable[str]) -> int:
         read_json(evaluate / "models.json")["models"],
         read_json(corpus / "counts.json"),
         read_timings(run_path),
+        curves,
     )
     own = {
         "report.md": render("report.md.j2", {**page, "examples": []}, figures={}),
@@ -67,12 +74,7 @@ def publish(run_path: Path, out_dir: Path, corpus_texts: Iterable[str]) -> int:
         raise UserError(
             f"{', '.join(leaking)} would repeat {RUN_WORDS} words of the corpus. Take that text out of the recipe's title and names."
         )
-    metrics = {
-        Input(name, "metrics.jsonl"): path
-        for name in ("sft", *(f"dpo-{arm.name}" for arm in recipe.dpo))
-        for path in run_path.glob(f"[0-9][0-9]-{name}/metrics.jsonl")
-    }
-    drawings = draw_all(page["summary"], read_curves(recipe, metrics))
+    drawings = draw_all(page["summary"], curves)
     examples, withheld = _without_corpus(page["examples"], found)
     for name in ("figures", "tables"):
         shutil.rmtree(out_dir / name, ignore_errors=True)

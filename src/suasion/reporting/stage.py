@@ -25,6 +25,7 @@ def run_stage(stage: StageContext) -> StageResult:
     summary = read_json(summary_path)
     lineages = read_json(stage.input("evaluate", "models.json"))["models"]
     verdicts = list(read_rows(stage.input("evaluate", "verdicts.jsonl"), ModelVerdict))
+    curves = read_curves(stage.recipe, stage.inputs)
     page = build_page(
         summary,
         stage.recipe,
@@ -34,8 +35,9 @@ def run_stage(stage: StageContext) -> StageResult:
         lineages,
         read_json(stage.input("corpus", "counts.json")),
         read_timings(stage.folder.parent),
+        curves,
     )
-    drawings = draw_all(summary, read_curves(stage.recipe, stage.inputs))
+    drawings = draw_all(summary, curves)
     write_text(stage.folder / "index.html", render("report.html.j2", page, figures={d.name: d for d in drawings}))
     write_markdown(stage.folder, page, drawings)
     (stage.folder / "cards").mkdir(exist_ok=True)

@@ -18,14 +18,21 @@
     try { await navigator.clipboard.writeText($("link").value); copy.textContent = "Copied"; } catch { copy.textContent = "Press Ctrl+C"; }
   });
 
-  const form = $("answer");
-  if (!form) return;
+  if (!$("answer") && !$("undo")) return;
   document.documentElement.classList.add("script");
   const store = { // private windows may refuse storage
     get: (key) => { try { return localStorage.getItem(key); } catch { return null; } },
     set: (key, value) => { try { localStorage.setItem(key, value); } catch { /* drafts are a comfort, not a need */ } },
     remove: (key) => { try { localStorage.removeItem(key); } catch { /* as above */ } },
   };
+  const withKeys = () => store.get("suasion-keys") !== "off";
+  const undo = () => { const button = $("undo").querySelector("button"); if (!button.disabled) button.click(); };
+  const plain = (event) => !(event.ctrlKey || event.metaKey || event.altKey || event.repeat);
+  const form = $("answer");
+  if (!form) { // everything is labelled: what is left to press is undo
+    addEventListener("keydown", (event) => { if (plain(event) && withKeys() && event.key.toLowerCase() === "u") undo(); });
+    return;
+  }
   const status = $("status");
   const say = (text) => { status.textContent = text; };
 
@@ -82,7 +89,7 @@
   }
 
   const letters = $("letters");
-  letters.checked = store.get("suasion-keys") !== "off";
+  letters.checked = withKeys();
   letters.addEventListener("change", () => store.set("suasion-keys", letters.checked ? "on" : "off"));
   const open = (id) => { if (!$(id).open) $(id).showModal(); };
   for (const part of document.querySelectorAll("[data-open]")) {
@@ -90,7 +97,9 @@
   }
 
   addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || document.querySelector("dialog[open]")) return;
+    if (!plain(event) || document.querySelector("dialog[open]")) return;
+    const skip = $("skip");
+    if (event.key === "Escape" && skip.open) { skip.open = false; skip.querySelector("summary").focus(); return; }
     const inRadio = document.activeElement?.matches("input[type=radio]");
     if (event.key === "Enter" && inRadio) { event.preventDefault(); save(); return; }
     if (event.key === "Enter" && (document.activeElement === document.body || document.activeElement === $("top"))) { save(); return; }
@@ -98,12 +107,15 @@
     const key = event.key.toLowerCase();
     if (key === "g") { open("guidelines"); return; }
     if (key === "?") { open("keys"); return; }
-    if (key === "u") { const undo = $("undo").querySelector("button"); if (!undo.disabled) undo.click(); return; }
+    if (key === "u") { undo(); return; }
     if (key === "r") { if (folded) $("unfold").querySelector("button").click(); return; }
-    if (key === "s") { $("skip").open = true; $("skip").querySelector("button").focus(); return; }
+    if (key === "s") { skip.open = true; skip.querySelector("button").focus(); return; }
+    const reason = skip.open && skip.querySelector(`[aria-keyshortcuts="${CSS.escape(key)}"]:not(summary)`);
+    if (reason) { reason.click(); return; } // while reasons are shown, numbers are theirs
     const input = form.querySelector(`input[data-key="${CSS.escape(key)}"]`);
     if (!input) return;
     if (folded) { say("Show everything in full first: press R."); return; }
+    skip.open = false;
     input.checked = true;
     input.dispatchEvent(new Event("change", { bubbles: true }));
     if (picked("choice") && picked("clarity")) save();
