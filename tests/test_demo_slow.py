@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from report_proof import CHROMIUM, axe_finds_nothing, names_no_machine
 from test_pipeline import REPOSITORY, finish, kill_in_every_stage, same_results
 
 from suasion.recipe import load_recipe
@@ -20,3 +21,7 @@ def test_the_demo_killed_in_every_stage_ends_with_the_same_summary(tmp_path):
     assert {"sft", "sample", "evaluate"} <= set(hit)
     finish(DEMO, killed, threads)
     same_results(recipe, undisturbed, killed)
+    report = undisturbed / recipe.name / "10-report"
+    names_no_machine(report, REPOSITORY, undisturbed)
+    if CHROMIUM is not None:
+        axe_finds_nothing(report / "index.html")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from forked import Forked
+from report_proof import CHROMIUM, axe_finds_nothing, names_no_machine
 
 from suasion.errors import UsageError, UserError
 from suasion.pipeline import how_it_computes, needs_people, run, stages, what_it_reads
@@ -73,6 +74,21 @@ def test_manifests_hold_no_time_host_or_path(finished):
         assert str(finished) not in text
         assert str(REPOSITORY) not in text
         assert os.uname().nodename not in text or len(os.uname().nodename) < 4
+
+
+def test_the_report_of_a_run_names_no_machine(finished, tmp_path):
+    names_no_machine(finished / "10-report", REPOSITORY, finished)
+    told = Path(shutil.copytree(finished / "10-report", tmp_path / "told"))
+    with (told / "report.md").open("a") as paper:
+        paper.write(f"\nMade in {finished}.\n")
+    with pytest.raises(AssertionError, match=r"report\.md"):  # the check sees a path where there is one
+        names_no_machine(told, finished)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_report_of_a_run_is_accessible(finished):
+    pytest.importorskip("axe_playwright_python", reason="needs the packages of the extra 'test'")
+    axe_finds_nothing(finished / "10-report" / "index.html")
 
 
 def test_running_again_skips_every_stage(copy, recipe, capsys):

@@ -26,7 +26,7 @@ from suasion.records import content_id, write_json, write_rows
 from suasion.reporting import figures
 from suasion.reporting import page as pages
 from suasion.reporting.cards import DISCLOSURE
-from suasion.reporting.findings import hours_table
+from suasion.reporting.findings import hours_table, strategies_table
 from suasion.reporting.making import judge_sentence, making, recorded
 from suasion.reporting.publish import publish, shares_run, word_runs
 from suasion.reporting.stage import run_stage
@@ -400,6 +400,24 @@ def test_cards_are_read_back_by_the_hubs_own_classes(run):
             assert card.data.eval_results[0].metric_type == "win_rate"
             assert 0 <= card.data.eval_results[0].metric_value <= 1
             assert ("No person labelled" in text.split("## Intended use")[0]) == ("rlhf" in path.name)
+
+
+def test_published_strategy_numbers_are_of_the_same_dialogues_or_said_not_to_be():
+    def note(dialogues: int) -> str:
+        quality = {
+            "dialogues": dialogues,
+            "sentences": 635,
+            "folds": 5,
+            "macro_f1": 0.5,
+            "accuracy": 0.7,
+            "tfidf_macro_f1": 0.3,
+            "tfidf_accuracy": 0.5,
+        }
+        return strategies_table({"models": [], "strategies": {"quality": quality}}).note
+
+    assert "the two cannot be compared" in note(42)
+    assert "cannot be compared" not in note(300)
+    assert ".596–.639" in note(300)
 
 
 def test_missing_arms_and_facts_are_named_not_drawn(tmp_path):

@@ -293,6 +293,16 @@ def test_caveats_name_what_stands_in_the_way(full):
         assert needed.lower() in text.lower(), needed
 
 
+@pytest.mark.parametrize(("shares", "said"), [({"base": 0.87, "sft": 0.19}, "base in 87% of theirs."), ({"base": 0.2, "sft": 0.5}, "base in 20% and sft in 50% of theirs."), ({"base": 0.19}, None)])  # fmt: skip
+def test_models_that_rarely_come_to_an_end_are_named(full, shares, said):
+    models = [{**m, "text": {**m["text"], "cut_off": shares.get(m["name"], 0.0)}} for m in full["models"]]
+    caveats = wording.caveats({**full, "models": models}, make_recipe(), [])
+    found = [caveat for caveat in caveats if "cut off at the limit" in caveat]
+    assert found == (
+        [f"Responses cut off at the limit of length: {said} Unfinished texts are judged as they are."] if said else []
+    )
+
+
 def test_json_able_rounded_and_independent_of_row_order(full):
     assert finite(full)
     assert json.loads(canonical_json(full)) == full

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from suasion.evaluation.summary import Control
 
 PROVES_NOTHING_BELOW = 100  # prompts: fewer cannot see a true win rate under 65% even with a perfect grader
+OFTEN_CUT_OFF = 0.2  # share of a model's responses that end at the limit, from which on its result is about unfinished texts
 
 
 def percent(value: float | None) -> str:
@@ -103,6 +104,7 @@ def caveats(summary: dict[str, Any], recipe: Recipe, controls: list[Control]) ->
         concerns = f", which concerns {listed(simulated)}" if simulated else ""
         nothing = "anything that a model learned from" if facts.get("people") else "anything"
         found.append(f"No person labelled {nothing}: the human labels are simulated by a documented scorer{concerns}.")
+    found.extend(_cut_off_caveat(summary["models"]))
     found.extend(_arm_caveats(facts, labels))
     found.append(_grader_caveat(facts))
     found.append(_people_caveat(facts))
@@ -290,6 +292,18 @@ def _arm_caveats(facts: dict[str, Any], labels: dict[str, str]) -> list[str]:
         f"{name} did not move: its training left it practically where it started, so its result says nothing about its feedback."
         for name in still
     ]
+
+
+def _cut_off_caveat(models: list[dict[str, Any]]) -> list[str]:
+    """Models that rarely come to an end: the limit sets their length, and a grader reads half-sentences."""
+    cut = [
+        f"{model['label']} in {percent(share)}"
+        for model in models
+        if (share := (model.get("text") or {}).get("cut_off")) is not None and share >= OFTEN_CUT_OFF
+    ]
+    if not cut:
+        return []
+    return [f"Responses cut off at the limit of length: {listed(cut)} of theirs. Unfinished texts are judged as they are."]
 
 
 def _off_policy_caveats(recipe: Recipe, labels: dict[str, str]) -> list[str]:

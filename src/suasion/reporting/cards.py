@@ -22,6 +22,12 @@ HARM = (
     "them in politics, advertising, fund-raising, health or finance, and do not use them to write to children or people in distress. "
     "What the model says of itself (a family, a job, a past) is untrue, and what it says of the world may be."
 )
+DATA_HARM = (
+    "A model that persuades better can deceive, pressure and sell better, and these rows can be used to make one. They were made to study which "
+    "feedback makes a persuader better *and honest*. Do not train models with them that will be pointed at people who have not agreed, or be used in "
+    "politics, advertising, fund-raising, health or finance, or write to children or people in distress. What a text says of its speaker (a family, "
+    "a job, a past) is untrue, and what it says of the world may be."
+)
 DISCLOSURE = (
     "This text was written by a language model that was trained to persuade, for research. It is not a person, has no experiences of "
     "its own, and its claims were not checked."
@@ -182,7 +188,7 @@ def _dataset_sections(summary: dict[str, Any], recipe: Recipe, limit: str) -> li
         "",
         "## Harm",
         "",
-        HARM,
+        DATA_HARM,
         "",
         "## Limits",
         "",

@@ -10,7 +10,7 @@ from typing import Any
 from suasion.evaluation import wording
 from suasion.reporting.table import Column, Kind, Table
 
-NOT_MEASURED = "–"
+P4G_DIALOGUES = 300  # the labelled ones
 MEASURES: dict[str, tuple[str, Kind]] = {  # key of the summary's text facts -> heading and how it is shown
     "words": ("Words", "number"),
     "tokens": ("Tokens", "number"),
@@ -179,7 +179,7 @@ def strategies_table(summary: dict[str, Any]) -> Table:
         note = (
             f"Classifier trained on {quality['dialogues']} labelled dialogues ({quality['sentences']:,} sentences of persuaders), "
             f"{quality['folds']}-fold by dialogue: macro-F1 {quality['macro_f1']:.3f}, accuracy {quality['accuracy']:.3f}; TF-IDF alone "
-            f"{quality['tfidf_macro_f1']:.3f} and {quality['tfidf_accuracy']:.3f}. Published on the full set: macro-F1 .596–.639 (arXiv 2310.10467). {note}"
+            f"{quality['tfidf_macro_f1']:.3f} and {quality['tfidf_accuracy']:.3f}. {_published(quality['dialogues'])} {note}"
         )
     return Table(
         "strategies",
@@ -196,6 +196,12 @@ def strategies_table(summary: dict[str, Any]) -> Table:
             for strategy in known.get("classes") or []
         ],
     )
+
+
+def _published(dialogues: int) -> str:
+    """The published quality, and whether it is of the same dialogues."""
+    text = f"Published for the {P4G_DIALOGUES} dialogues of PersuasionForGood: macro-F1 .596–.639 (arXiv 2310.10467)"
+    return f"{text}." if dialogues == P4G_DIALOGUES else f"{text}, which are others than these: the two cannot be compared."
 
 
 def people_table(summary: dict[str, Any]) -> Table:
