@@ -69,9 +69,9 @@ def finished(name: str, recipe, **changes) -> FinishedRun:
     manifests = {
         stage: Manifest(
             stage=stage, recipe={}, inputs={"external:cmv": changes.get("corpus", "x")}, outputs={}, rows_in=1, rows_out=rows,
-            dropped={"too long": changes.get("dropped", 3)}, facts={"eval_seal": changes.get("seal", "s")}, packages={}, commit="", device="cpu", dtype="float32", threads=1,
+            dropped={"too long": changes.get("dropped", 3)}, facts={"eval_seal": changes.get("seal", "s")}, packages={"torch": changes.get("torch", "1"), "peft": "1"}, commit="", device="cpu", dtype=changes.get("dtype", "float32"), threads=1,
         )
-        for stage, rows in (("corpus", 40), ("pools", changes.get("rows", 12)))
+        for stage, rows in (("corpus", 40), ("pools", changes.get("rows", 12)), ("evaluate", 9))
     }  # fmt: skip
     return FinishedRun(name, recipe, manifests, summary)
 
@@ -85,7 +85,9 @@ def test_recipe_changes_are_named_without_machine_paths():
 
 def test_everything_that_changed_is_said(tmp_path):
     one = finished("one", make_recipe())
-    two = finished("two", variant({"rlhf": {"beta": 0.3}}), corpus="y", dropped=5, rows=20, seal="t", rlaif=0.9)
+    two = finished(
+        "two", variant({"rlhf": {"beta": 0.3}}), corpus="y", dropped=5, rows=20, seal="t", rlaif=0.9, torch="2", dtype="bfloat16"
+    )
     found = compare(two, [one])
     (changes,) = found["pairs"]
     assert changes["runs"] == ["one", "two"]
@@ -100,7 +102,13 @@ def test_everything_that_changed_is_said(tmp_path):
     assert "more than the seed" in found["says"][0]
     console = Console(width=160, record=True, file=io.StringIO())
     print_comparison(found, console)
-    assert "dpo.rlhf.beta" in console.export_text()
+    printed = console.export_text()
+    assert "dpo.rlhf.beta" in printed
+    assert "packages.torch" in printed
+    assert [(row["key"], row["was"], row["is"]) for row in changes["tools"]] == [
+        ("dtype", "float32", "bfloat16"),
+        ("packages.torch", "1", "2"),
+    ]
     write_comparison(found, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"] == ["one", "two"]
     text = (tmp_path / "out" / "comparison.md").read_text()
@@ -114,6 +122,9 @@ def test_seeds_of_one_recipe_are_pooled_and_only_those():
     assert {row["runs"] for row in found["pooled"]} == {3}
     assert "3 training runs" in found["says"][0]
     assert "too few" in compare(runs[1], runs[:1])["says"][0]
+    elsewhere = compare(finished("other corpus", variant(seed=4), corpus="y"), runs)
+    assert elsewhere["pooled"] == []  # one recipe and another corpus are not one experiment
+    assert "other files (cmv)" in elsewhere["says"][0]
     twice = compare(finished("again", variant(seed=1)), runs[:1])
     assert twice["pooled"] == []
     assert "same experiment" in twice["says"][0]

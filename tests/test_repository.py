@@ -109,3 +109,11 @@ def test_every_test_that_the_table_of_pitfalls_names_exists():
     assert {int(row) for row in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == set(range(1, 20))
     for file, test in named:
         assert f"def {test}(" in (REPOSITORY / "tests" / file).read_text(), f"{file}::{test}"
+
+
+def test_every_test_that_the_page_on_evaluation_names_exists():
+    """It says of each statistic what it is checked against; a test that was renamed must not leave a promise behind."""
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (REPOSITORY / "docs" / "evaluation.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (REPOSITORY / "tests" / file).read_text(), f"{file}::{test}"

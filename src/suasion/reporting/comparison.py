@@ -1,4 +1,4 @@
-"""`suasion report RUN --against OTHER`: what changed in recipe, data and numbers between runs; runs that differ in the seed are pooled.
+"""`suasion report RUN --against OTHER`: what changed in recipe, data, tools and numbers between runs; runs that differ in the seed are pooled.
 
 Reads recipes, manifests and evaluate's summaries of finished runs; writes comparison.json and comparison.md where a folder is given.
 """
@@ -16,6 +16,7 @@ from rich.table import Table as TerminalTable
 
 from suasion.errors import UserError
 from suasion.evaluation.pooling import FEWEST_FOR_RUNS, pool
+from suasion.labeling.final import SAID
 from suasion.recipe import Recipe
 from suasion.records import read_json, write_json
 from suasion.reporting.table import Column, Table, portable, shown, signed
@@ -24,6 +25,7 @@ from suasion.status import load_run
 
 NOT_THE_EXPERIMENT = ("name", "report")  # parts of a recipe that change no number
 SEED = "seed"
+OF_ONE_RUN = ("human-labels", SAID)  # what people said of one run's own responses: other responses have other labels
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,24 @@ def compare(run: FinishedRun, others: Sequence[FinishedRun]) -> dict[str, Any]:
             "runs": [other.name, run.name],
             "recipe": recipe_changes(other.recipe, run.recipe),
             "data": data_changes(other, run),
+            "tools": tool_changes(other, run),
             "numbers": number_changes(other.summary, run.summary),
         }
         for other in others
     ]
     only_seed = all({row["key"] for row in pair["recipe"]} <= {SEED} for pair in pairs)
+    others_files = sorted({name for other in others for name in other_inputs(other, run) if name not in OF_ONE_RUN})
     seeds = [run.summary["seed"] for run in runs]
-    pooled = pooled_rows(runs) if only_seed and len(set(seeds)) == len(seeds) else []
-    return {"format": "comparison/1", "runs": [run.name for run in runs], "seeds": seeds, "pairs": pairs, "pooled": pooled, "says": _says(runs, pooled, only_seed)}  # fmt: skip
+    pooled = pooled_rows(runs) if only_seed and not others_files and len(set(seeds)) == len(seeds) else []
+    says = _says(runs, pooled, only_seed, others_files)
+    return {
+        "format": "comparison/1",
+        "runs": [run.name for run in runs],
+        "seeds": seeds,
+        "pairs": pairs,
+        "pooled": pooled,
+        "says": says,
+    }
 
 
 def recipe_changes(one: Recipe, other: Recipe) -> list[dict[str, Any]]:
@@ -80,11 +92,7 @@ def data_changes(one: FinishedRun, other: FinishedRun) -> list[dict[str, Any]]:
         if a is None or b is None:
             rows.append({"stage": stage, "was": _rows(a), "is": _rows(b), "what": "only in one run"})
             continue
-        outside = {
-            name
-            for name in a.external_inputs().keys() | b.external_inputs().keys()
-            if a.external_inputs().get(name) != b.external_inputs().get(name)
-        }
+        outside = _outside(a, b)
         dropped = flat_differences(a.dropped, b.dropped)
         what = [f"other {name}" for name in sorted(outside)]
         what += [f"dropped as {reason}: {was or 0} → {now or 0}" for reason, (was, now) in sorted(dropped.items())]
@@ -96,6 +104,21 @@ def data_changes(one: FinishedRun, other: FinishedRun) -> list[dict[str, Any]]:
             {"stage": "pools", "was": None, "is": None, "what": "other evaluation prompts: win rates are of other prompts"}
         )
     return rows
+
+
+def other_inputs(one: FinishedRun, other: FinishedRun) -> set[str]:
+    """Inputs from outside the runs (corpora, weights, labels) that differ in a stage which both have."""
+    common = one.manifests.keys() & other.manifests.keys()
+    return {name for stage in common for name in _outside(one.manifests[stage], other.manifests[stage])}
+
+
+def tool_changes(one: FinishedRun, other: FinishedRun) -> list[dict[str, Any]]:
+    """What the evaluations were made with, where it differs: the code, packages, and what computed in which precision."""
+    if "evaluate" not in one.manifests or "evaluate" not in other.manifests:
+        return []
+    fields = {"commit", "packages", "device", "dtype", "threads"}
+    was, now = (run.manifests["evaluate"].model_dump(mode="json", include=fields) for run in (one, other))
+    return [{"key": key, "was": old, "is": new} for key, (old, new) in sorted(flat_differences(was, now).items())]
 
 
 def number_changes(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
@@ -152,6 +175,13 @@ def tables(found: dict[str, Any]) -> list[Table]:
                 "",
                 (Column("stage", "Stage"), Column("was", "Rows", "count"), Column("is", "Rows now", "count"), Column("what", "What changed", "long")),
                 pair["data"],
+            ),
+            Table(
+                f"tools_{number}",
+                f"Made with, {names}",
+                "Another code, package, device or precision can change numbers too.",
+                (Column("key", "Key"), Column("was", "Was", "long"), Column("is", "Is", "long")),
+                [{**row, "was": _plain(row["was"]), "is": _plain(row["is"])} for row in pair["tools"]],
             ),
             Table(
                 f"numbers_{number}",
@@ -238,12 +268,16 @@ def write_comparison(found: dict[str, Any], folder: Path) -> None:
     (folder / "comparison.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def _says(runs: Sequence[FinishedRun], pooled: list[dict[str, Any]], only_seed: bool) -> list[str]:
+def _says(runs: Sequence[FinishedRun], pooled: list[dict[str, Any]], only_seed: bool, others_files: list[str]) -> list[str]:
     if pooled and len(runs) >= FEWEST_FOR_RUNS:
         return [f"Only the seed differs: intervals of the pooled table cover prompts and {len(runs)} training runs."]
     if pooled:
         return [
             f"Only the seed differs, but {len(runs)} runs are too few to speak of training runs in general; {FEWEST_FOR_RUNS} are the least."
+        ]
+    if only_seed and others_files:
+        return [
+            f"The recipes differ in the seed alone, but the runs read other files ({', '.join(others_files)}): they are not pooled."
         ]
     if only_seed:
         return ["Two of these runs have the same recipe and the same seed: they are the same experiment, so nothing was pooled."]
@@ -252,6 +286,12 @@ def _says(runs: Sequence[FinishedRun], pooled: list[dict[str, Any]], only_seed: 
 
 def _manifests(directory: RunDir) -> dict[str, Manifest]:
     return {name: directory.manifest(name) for name in directory.folders if directory.state(name) == "complete"}
+
+
+def _outside(one: Manifest, other: Manifest) -> set[str]:
+    """Names of inputs from outside that differ between two manifests of one stage."""
+    was, now = one.external_inputs(), other.external_inputs()
+    return {name for name in was.keys() | now.keys() if was.get(name) != now.get(name)}
 
 
 def _rows(manifest: Manifest | None) -> int | None:
