@@ -126,6 +126,19 @@ def test_a_resumed_run_of_the_local_engine_is_bit_equal(tiny, renderer, tmp_path
         assert resumed.read_bytes() == (tmp_path / "journal.jsonl").read_bytes()
 
 
+def test_two_models_of_equal_weights_say_the_same(tiny, renderer, tmp_path):
+    """The comparison draws the same random numbers for every model: what differs between two of them is their weights. Another seed is not the same."""
+    settings = SampleSection(max_new_tokens=6, temperature=1.0, top_p=0.95, resample=0)
+
+    def said(name: str, seed: int) -> list[str]:
+        journal = Journal(tmp_path / f"{name}-{seed}.jsonl")
+        rows = respond.respond(name, Lineage(tiny), prompts(4), 1, settings, tiny, renderer, CPU, seed, journal, name).rows
+        return [row.text for row in rows]
+
+    assert said("base", 0) == said("arm", 0)
+    assert said("base", 1) != said("base", 0)
+
+
 def test_a_pair_is_never_made_of_equal_texts(tiny):
     rows = {
         ("p0", n): Response(

@@ -293,6 +293,14 @@ def test_caveats_name_what_stands_in_the_way(full):
         assert needed.lower() in text.lower(), needed
 
 
+def test_a_grader_that_labelled_and_judges_is_said():
+    same = {**make_recipe().evaluate.model_dump(mode="json"), "grader": make_recipe().ai_labels.grader.model_dump(mode="json")}
+    forced = variant(evaluate={**same, "allow_same_grader": True})
+    prompts = make_prompts(12)
+    told = summarise(forced, prompts, make_responses(prompts), make_verdicts(prompts, STRENGTH), FACTS)["caveats"]
+    assert "The recipe lets the labelling grader judge the result: its own arms are favoured." in told
+
+
 @pytest.mark.parametrize(("shares", "said"), [({"base": 0.87, "sft": 0.19}, "base in 87% of theirs."), ({"base": 0.2, "sft": 0.5}, "base in 20% and sft in 50% of theirs."), ({"base": 0.19}, None)])  # fmt: skip
 def test_models_that_rarely_come_to_an_end_are_named(full, shares, said):
     models = [{**m, "text": {**m["text"], "cut_off": shares.get(m["name"], 0.0)}} for m in full["models"]]
