@@ -99,6 +99,7 @@ def caveats(summary: dict[str, Any], recipe: Recipe, controls: list[Control]) ->
         f"Sample size: {n['prompts']} prompts from {n['conversations']} conversations, one response a model and prompt; "
         f"{n['scored']} of {n['asked']} comparisons were scored, missing ones are left out and never counted as ties."
     ]
+    found.extend(_invented_caveat(recipe))
     simulated = [model["label"] for model in summary["models"] if model["simulated"]]
     if recipe.human_labels.source.kind == "simulated":
         concerns = f", which concerns {listed(simulated)}" if simulated else ""
@@ -291,6 +292,23 @@ def _arm_caveats(facts: dict[str, Any], labels: dict[str, str]) -> list[str]:
     return [
         f"{name} did not move: its training left it practically where it started, so its result says nothing about its feedback."
         for name in still
+    ]
+
+
+def invented(recipe: Recipe) -> list[str]:
+    """The corpora of a run that are this project's own miniatures: dialogues that nobody held."""
+    return [source.kind for source in recipe.corpus.sources if source.path == "bundled"]
+
+
+def _invented_caveat(recipe: Recipe) -> list[str]:
+    """A miniature looks like a real corpus in every table: it has to be said that it is none."""
+    kinds = invented(recipe)
+    if not kinds:
+        return []
+    which = "The data are" if len(kinds) == len(recipe.corpus.sources) else f"The data of {listed(kinds)} are"
+    return [
+        f"{which} this project's miniatures: invented dialogues in the form of real ones. Replies called human, and whom they persuaded, are invented "
+        "too; such a run shows that the machinery works and nothing about persuasion."
     ]
 
 
