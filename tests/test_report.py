@@ -300,7 +300,7 @@ def test_the_markdown_reads_like_a_short_paper(run):
     of = dict(zip(sections, re.split(r"^## .+$", text, flags=re.MULTILINE)[1:], strict=True))
     assert "examples alone (sft), AI preferences (rlaif), simulated human preferences (rlhf)" in of["Question"]
     assert "simulated human preferences after rlaif (rlaif-rlhf)" in of["Question"]
-    assert "AI preferences on the pairs that people labelled (rlaif-matched)" in of["Question"]
+    assert "AI preferences on the pairs with human labels (rlaif-matched)" in of["Question"]
     for name, section in (("What was dropped, and why", "Data"), ("The preferences of each arm", "Method"), ("Every comparison", "Results"), ("Honesty and manipulation", "Results")):  # fmt: skip
         assert f"### {name}" in of[section], name
     assert "Base models may have read these threads" in of["Limits"]

@@ -293,6 +293,18 @@ def test_caveats_name_what_stands_in_the_way(full):
         assert needed.lower() in text.lower(), needed
 
 
+def test_invented_data_are_said_to_be_invented(full):
+    """The miniatures look like real corpora in every table: a reader of the demo must not take its replies for people's."""
+    assert "invented" not in " ".join(full["caveats"])
+
+    def caveats(*sources: dict) -> str:
+        return " ".join(wording.caveats(full, variant(corpus={"sources": list(sources)}), []))
+
+    assert "The data are this project's miniatures: invented dialogues" in caveats({"kind": "cmv"}, {"kind": "p4g"})
+    mixed = caveats({"kind": "cmv", "path": "/data/winning-args-corpus"}, {"kind": "p4g"})
+    assert "The data of p4g are this project's miniatures" in mixed
+
+
 def test_a_grader_that_labelled_and_judges_is_said():
     same = {**make_recipe().evaluate.model_dump(mode="json"), "grader": make_recipe().ai_labels.grader.model_dump(mode="json")}
     forced = variant(evaluate={**same, "allow_same_grader": True})

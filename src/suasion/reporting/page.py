@@ -161,13 +161,9 @@ def _question(recipe: Recipe, simulated: bool) -> str:
     feedback = ["examples alone (sft)"]
     for arm in recipe.dpo:
         source = "AI" if arm.labels == "ai" else "simulated human" if simulated else "human"
-        where = (
-            " on the pairs that people labelled"
-            if arm.matched and not wording.imported_texts(recipe)
-            else ""
-            if arm.start == "sft"
-            else f" after {arm.start}"
-        )
+        where = "" if arm.start == "sft" else f" after {arm.start}"
+        if arm.matched and not wording.imported_texts(recipe):
+            where += " on the pairs with human labels"
         feedback.append(f"{source} preferences{where} ({arm.name})")
     return f"This run compares {wording.listed(feedback)} with the untrained model, on the same sealed prompts and beside the real human replies."
 
@@ -175,7 +171,11 @@ def _question(recipe: Recipe, simulated: bool) -> str:
 def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[str]:
     """How it was done, in paragraphs."""
     grader, sample = recipe.ai_labels.grader, recipe.sample
-    corpora = ", ".join(dict.fromkeys(source.kind.upper() for source in recipe.corpus.sources))
+    names = [
+        source.kind.upper() + (" (this project's miniature, invented)" if source.path == "bundled" else "")
+        for source in recipe.corpus.sources
+    ]
+    corpora = ", ".join(dict.fromkeys(names))
     arms = "; ".join(f"{arm.name} from {arm.start} on {_labels_of(arm, recipe, simulated)}" for arm in recipe.dpo)
     planned = [f"{first} against {second}" for first, second in primary_pairs(recipe) if second != "base"]
     return [
