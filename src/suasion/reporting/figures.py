@@ -116,33 +116,15 @@ def draw_all(summary: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -
 
 def forest(summary: dict[str, Any]) -> Drawing:
     """Win rate of each trained model against base, with intervals; open diamonds are length-controlled rates."""
-    models = [m for m in summary["models"] if m["name"] != "base"]
-    rows = [
-        _Row(
-            m["label"],
-            m["name"],
-            m["simulated"],
-            m["win_vs_base"] or {"value": None},
-            (m["length_controlled_vs_base"] or {}).get("value"),
-        )
-        for m in models
-    ]
     detectable = next(row["win_rate"] for row in summary["power"]["detectable"] if row["name"] == "ties")
     edge = min(detectable, 1.0) - 0.5 if detectable is not None else 0.5
     title = "Win rate of each model against the untrained base model"
-    return _forest(summary, rows, "forest", title, "win rate against the untrained base model", edge)
+    return _forest(summary, _grader_rows(summary), "forest", title, "win rate against the untrained base model", edge)
 
 
 def people_forest(summary: dict[str, Any]) -> Drawing | None:
     """The same where people judged: their own rates, and as diamonds the grader's corrected by theirs. None where nobody did."""
-    known = summary.get("people") or {}
-    models = {m["name"]: m for m in summary["models"]}
-    corrected = {(row["first"], row["second"]): row["corrected"]["value"] for row in known.get("comparisons") or []}
-    rows = [
-        _Row(models[name]["label"], name, models[name]["simulated"], told, corrected.get((name, "base")))
-        for told in known.get("tested") or []
-        if told["second"] == "base" and (name := told["first"]) in models
-    ]
+    rows = _people_rows(summary)
     if not rows:
         return None
     title = "Win rate of each model against the untrained base model in people’s eyes"
@@ -160,9 +142,31 @@ class _Row:
     diamond: float | None
 
 
+def _grader_rows(summary: dict[str, Any]) -> list[_Row]:
+    return [
+        _Row(
+            m["label"], m["name"], m["simulated"], m["win_vs_base"] or {"value": None}, (m["length_controlled_vs_base"] or {}).get("value")
+        )
+        for m in summary["models"]
+        if m["name"] != "base"
+    ]  # fmt: skip
+
+
+def _people_rows(summary: dict[str, Any]) -> list[_Row]:
+    known = summary.get("people") or {}
+    models = {m["name"]: m for m in summary["models"]}
+    corrected = {(row["first"], row["second"]): row["corrected"]["value"] for row in known.get("comparisons") or []}
+    return [
+        _Row(models[name]["label"], name, models[name]["simulated"], told, corrected.get((name, "base")))
+        for told in known.get("tested") or []
+        if told["second"] == "base" and (name := told["first"]) in models
+    ]
+
+
 def _forest(summary: dict[str, Any], rows: list[_Row], name: str, title: str, axis: str, band: float | None = None) -> Drawing:
     """Rates around one half, with their intervals in words and lines. band: half the width of what would usually go unseen."""
-    values = [v for row in rows for v in (row.rate.get("low"), row.rate.get("high"), row.diamond) if v is not None]
+    everybody = [*_grader_rows(summary), *_people_rows(summary)]  # one scale, so that the two plots can be compared
+    values = [v for row in everybody for v in (row.rate.get("low"), row.rate.get("high"), row.diamond) if v is not None]
     reach = min(0.5, max([0.25, *(abs(v - 0.5) + 0.04 for v in values)]))
     left, right = 0.5 - reach, 0.5 + reach
     figure, axes = new_axes(WIDE, 0.6 + 0.48 * max(2, len(rows)))
