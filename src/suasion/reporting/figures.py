@@ -143,13 +143,20 @@ class _Row:
 
 
 def _grader_rows(summary: dict[str, Any]) -> list[_Row]:
+    equal = equal_length(summary)
     return [
         _Row(
-            m["label"], m["name"], m["simulated"], m["win_vs_base"] or {"value": None}, (m["length_controlled_vs_base"] or {}).get("value")
+            m["label"], m["name"], m["simulated"], m["win_vs_base"] or {"value": None}, equal.get(m["name"])
         )
         for m in summary["models"]
         if m["name"] != "base"
     ]  # fmt: skip
+
+
+def equal_length(summary: dict[str, Any]) -> dict[str, float]:
+    """Model -> its win rate against base at equal length, where that has an interval: without one it is no more than a fitted curve's end."""
+    known = {m["name"]: m["length_controlled_vs_base"] for m in summary["models"]}
+    return {name: rate["value"] for name, rate in known.items() if rate is not None and rate["low"] is not None}
 
 
 def _people_rows(summary: dict[str, Any]) -> list[_Row]:
@@ -183,9 +190,9 @@ def _forest(summary: dict[str, Any], rows: list[_Row], name: str, title: str, ax
         axes.text(right, place - 0.3, said, ha="right", va="center", color=INK)
         axes.plot([rate["low"], rate["high"]], [place + 0.12] * 2, color=colour, lw=2.2, solid_capstyle="butt", zorder=2)
         face = PAPER if row.simulated else colour
-        axes.plot(rate["value"], place + 0.12, "o", ms=7, mfc=face, mec=colour, mew=1.6, zorder=3)
+        axes.plot(rate["value"], place + 0.12, "o", ms=7, mfc=face, mec=colour, mew=1.6, zorder=3, clip_on=False)
         if row.diamond is not None:
-            axes.plot(row.diamond, place + 0.33, "D", ms=3.8, mfc=PAPER, mec=MUTED, mew=1.0, zorder=4)
+            axes.plot(row.diamond, place + 0.33, "D", ms=3.8, mfc=PAPER, mec=MUTED, mew=1.0, zorder=4, clip_on=False)
     axes.set_xlim(left, right)
     axes.set_ylim(max(1, len(rows)) - 0.45, -0.65)
     axes.set_yticks([])

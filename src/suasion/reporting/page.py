@@ -18,6 +18,7 @@ from suasion.recipe import Recipe
 from suasion.records import Example, Response
 from suasion.reporting import results
 from suasion.reporting.examples import SETS, shown_examples
+from suasion.reporting.figures import equal_length
 from suasion.reporting.findings import (
     honesty_tables,
     hours_table,
@@ -84,6 +85,8 @@ def build_page(
         "tables": tables,
         "recorded": [name for name in RECORDED if tables[name].rows],
         "question": _question(recipe, simulated),
+        "invented": len(wording.invented(recipe)) == len(recipe.corpus.sources),
+        "diamonds": bool(equal_length(summary)),
         "method": _method(summary, recipe, simulated),
         "judge": judge_sentence(facts),
         "examples": shown_examples(summary, recipe, examples, responses, verdicts, lineages),

@@ -88,6 +88,8 @@
     if (input) input.checked = true;
   }
 
+  $("skip").addEventListener("toggle", () => { if ($("skip").open) $("skip").scrollIntoView({ block: "nearest" }); }); // reasons may open below the window
+
   const letters = $("letters");
   letters.checked = withKeys();
   letters.addEventListener("change", () => store.set("suasion-keys", letters.checked ? "on" : "off"));
