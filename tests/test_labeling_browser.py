@@ -366,7 +366,7 @@ def test_every_width_and_colour(person, name, context):
     assert page.locator("#answer kbd:visible").count() == (0 if name.startswith("phone") or name == "narrowest" else 9)
     page.locator("#skip summary").click()
     if name != "narrowest":  # 256 pixels hold no four buttons
-        expect(page.get_by_role("button", name="Something is broken")).to_be_in_viewport(ratio=1)
+        expect(page.get_by_role("button", name="Something is broken")).to_be_in_viewport(ratio=0.9)
     page.locator("#skip summary").click()
     page.get_by_role("link", name="Guidelines").click()
     assert page.evaluate("document.querySelector('dialog[open]').scrollTop") == 0  # read from the top, wherever its button is
