@@ -16,6 +16,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="needs the packages
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 PATIENCE = 30_000  # milliseconds; a busy machine must not fail a journey
+sync_api.expect.set_options(timeout=PATIENCE)
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 

@@ -23,7 +23,6 @@ HOSTILE = (
     "<iframe src=http://127.0.0.1:9/></iframe> <style>body{display:none}</style> {{ 7 * 7 }} <svg onload=document.title='owned'>"
 )
 LONG = "\n\n".join(f"Paragraph {n}: " + GOOD.split("\n")[0] for n in range(14))
-sync_api.expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
