@@ -18,6 +18,7 @@ from suasion.launch.ssh import Host
 from suasion.verify import verify_run
 
 REPOSITORY = Path(__file__).parents[1]
+ONE_ARM = "dpo=[{name: rlaif, labels: ai, pool: rlaif, learning_rate: 1.0e-2, epochs: 1, batch_size: 4}]"  # in half the time
 
 
 @needs_sshd
@@ -34,7 +35,9 @@ def test_from_the_command_to_the_fetched_report(server, tmp_path, monkeypatch) -
 
         monkeypatch.setattr(flow, "host_of", host_of)
         words = ("--on", "aws", "--region", "us-east-1", "--types", "g5.xlarge", "--address", "203.0.113.7", "--runs", str(runs))
-        done = command(str(TINY), *words, "--market", "on-demand", "--max-dollars", "2", "--max-hours", "1", answer="y\n")
+        done = command(
+            str(TINY), *words, "--set", ONE_ARM, "--market", "on-demand", "--max-dollars", "2", "--max-hours", "1", answer="y\n"
+        )
         print(done.output)
         assert done.exit_code == 0, (done.output, done.exception)
         said = " ".join(done.output.split())

@@ -95,11 +95,14 @@ def copy_of(alone: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_two_processes_train_as_one(alone, tmp_path) -> None:
+@pytest.mark.parametrize("profile", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(alone, tmp_path, profile) -> None:
+    """That fsdp2 does shard is asserted by every worker, and by test_sharding.py."""
     runs = copy_of(alone, tmp_path)
-    directory, _ = run(load_recipe(TINY, (*STILL, *UNEVEN, "processes={profile: ddp, count: 2}")), runs, last="sft", redo="sft")
+    recipe = load_recipe(TINY, (*STILL, *UNEVEN, f"processes={{profile: {profile}, count: 2}}"))
+    directory, _ = run(recipe, runs, last="sft", redo="sft")
     assert_alike(metrics(alone, "03-sft"), metrics(directory.path, "03-sft"))
-    assert directory.manifest("sft").facts["processes"] == {"profile": "ddp", "count": 2}
+    assert directory.manifest("sft").facts["processes"] == {"profile": profile, "count": 2}
     from safetensors.torch import load_file
 
     ours, theirs = (load_file(path / "03-sft" / "adapter" / "adapter_model.safetensors") for path in (directory.path, alone))
@@ -111,7 +114,7 @@ def test_two_processes_train_as_one(alone, tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("profile", "count"), [("ddp", 4), ("fsdp2", 2), ("fsdp2", 4)])
 def test_every_profile_trains_as_one_through_the_whole_run(alone, tmp_path, profile, count) -> None:
-    whole, _ = run(load_recipe(TINY, (*STILL, *UNEVEN)), copy_of(alone, tmp_path / "one"))
+    whole, _ = run(load_recipe(TINY, (*STILL, *UNEVEN)), copy_of(alone, tmp_path / "one"), last="dpo-rlaif")
     recipe = load_recipe(TINY, (*STILL, *UNEVEN, f"processes={{profile: {profile}, count: {count}}}"))
     directory, _ = run(recipe, copy_of(alone, tmp_path / "several"), redo="sft")
     assert_alike(metrics(whole.path, "03-sft"), metrics(directory.path, "03-sft"))
@@ -127,6 +130,42 @@ def test_recomputed_activations_train_as_one_in_every_profile(alone, tmp_path, p
     settings = ("sft.recompute_activations=true", f"processes={{profile: {profile}, count: 2}}")
     directory, _ = run(load_recipe(TINY, (*STILL, *UNEVEN, *settings)), copy_of(alone, tmp_path), last="sft", redo="sft")
     assert_alike(metrics(alone, "03-sft"), metrics(directory.path, "03-sft"))
+
+
+@pytest.mark.slow
+def test_an_arm_trains_in_shards_as_in_one_process(alone, tmp_path) -> None:
+    """With another reference than its start, so that both are scored in shards before the policy is cut up."""
+    recipe = (*STILL, *UNEVEN, "dpo.rlaif.reference=base")
+    one, _ = run(load_recipe(TINY, recipe), copy_of(alone, tmp_path / "one"), last="dpo-rlaif")
+    runs = copy_of(one.path, tmp_path / "several")
+    several, _ = run(
+        load_recipe(TINY, (*recipe, "processes={profile: fsdp2, count: 2}")), runs, last="dpo-rlaif", redo="dpo-rlaif"
+    )
+    assert_alike(metrics(one.path, "08-dpo-rlaif"), metrics(several.path, "08-dpo-rlaif"))
+    facts = [each.manifest("dpo-rlaif").facts for each in (one, several)]
+    assert facts[1]["kl_to_start"] == pytest.approx(facts[0]["kl_to_start"], rel=0.02, abs=1e-5)
+    assert facts[1]["processes"] == {"profile": "fsdp2", "count": 2}
+
+
+@pytest.mark.slow
+def test_whole_weights_train_in_shards_as_in_one_process(tmp_path) -> None:
+    recipe = (*STILL[:1], *UNEVEN, "sft.lora=null", "sft.epochs=1")
+    one, _ = run(load_recipe(TINY, recipe), tmp_path / "one", last="sft")
+    several, _ = run(load_recipe(TINY, (*recipe, "processes={profile: fsdp2, count: 2}")), tmp_path / "several", last="sft")
+    assert_alike(metrics(one.path, "03-sft"), metrics(several.path, "03-sft"))
+    assert one.manifest("sft").outputs.keys() == several.manifest("sft").outputs.keys()
+
+
+@pytest.mark.slow
+def test_shards_compute_in_bf16_as_a_whole_model_does(tmp_path) -> None:
+    """Autocast over fp32 weights on both sides; packing differs among processes, and in bf16 that moves a loss by hundredths."""
+    recipe = (*STILL, *UNEVEN, "model.dtype=bfloat16", "model.device=cpu")
+    one, _ = run(load_recipe(TINY, recipe), tmp_path / "one", last="sft")
+    several, _ = run(load_recipe(TINY, (*recipe, "processes={profile: fsdp2, count: 2}")), tmp_path / "several", last="sft")
+    losses = [[row["loss"] for row in metrics(each.path, "03-sft")] for each in (one, several)]
+    assert losses[1] == pytest.approx(losses[0], abs=0.03)
+    assert losses[0][0] - losses[0][-1] > 0.3  # it learned more than that
+    assert several.manifest("sft").dtype == "bfloat16"
 
 
 def joining(run_: Path, machine: int) -> subprocess.Popen[bytes]:

@@ -148,7 +148,7 @@ def load_base(section: ModelSection) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation="eager" if section.attention == "eager" else "sdpa",
+            attn_implementation=section.loaded_attention,
             trust_remote_code=False,
             use_safetensors=True,
         )
@@ -272,19 +272,19 @@ def _rounded(model: Any, hardware: Compute, frozen_only: bool) -> Any:
     return model
 
 
-def load_policy(lineage: Lineage, lora: LoraSection | None, seed: int, device: str = "cpu") -> Any:
+def load_policy(lineage: Lineage, lora: LoraSection | None, seed: int, device: str = "cpu", start: Any = None) -> Any:
     """The start model with a fresh adapter that changes nothing yet (B = 0), ready to train; without `lora` every weight is trained.
 
-    The A matrices are drawn from `seed`, so that a restarted training starts the same.
+    The A matrices are drawn from `seed`, so that a restarted training starts the same. start: the model, where it waits for being sharded.
     """
     from suasion.training.attention import set_attention
 
-    model = load_to_score(lineage, device)
+    model = load_to_score(lineage, device) if start is None else start
     if lora is None:
         policy = model.requires_grad_(True)
     else:
-        policy = attach_adapter(model, lora, seed, lineage.hash, lineage.base.base).to(device)
-    set_attention(policy, lineage.base, device)
+        policy = attach_adapter(model, lora, seed, lineage.hash, lineage.base.base)  # on the device of the layers that it adapts
+    set_attention(policy, lineage.base, device, whole=start is None)
     return policy
 
 

@@ -44,6 +44,11 @@ class ModelSection(Section):
         "computes what sdpa does (tried before training), else sdpa.",
     )
 
+    @property
+    def loaded_attention(self) -> str:
+        """The attention that a model is loaded with; a training may choose another (training/attention.py)."""
+        return "eager" if self.attention == "eager" else "sdpa"
+
 
 class LoraSection(Section):
     """The adapter that a training stage adds."""

@@ -33,13 +33,16 @@ def flex_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: t
     return flex_attention_forward(module, query, key, value, mask, **kwargs)
 
 
-def set_attention(policy: Any, section: ModelSection, device: str) -> None:
-    """Give a model that is about to be trained the recipe's attention. Raises UserError for flex where there is no GPU."""
+def set_attention(policy: Any, section: ModelSection, device: str, whole: bool = True) -> None:
+    """Give a model that is about to be trained the recipe's attention. Raises UserError for flex where there is no GPU.
+
+    whole: the weights are on the device, so that `auto` can try; a model that waits for being sharded stays with SDPA.
+    """
     if section.attention == "flex" and device != "cuda":
         raise UserError(
             "model.attention is flex, which trains on a GPU only (torch has no backward for it elsewhere). Use auto or sdpa."
         )
-    if section.attention not in ("auto", "flex") or device != "cuda":
+    if section.attention not in (("auto", "flex") if whole else ("flex",)) or device != "cuda":
         return
     _register()
     if section.attention == "flex":

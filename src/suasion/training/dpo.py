@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, compute, load_merged, load_to_score, load_tokenizer
+from suasion.models import Compute, Lineage, compute, load_tokenizer
 from suasion.progress import console
 from suasion.records import Preference, read_rows
 from suasion.rundir import StageContext, StageResult
@@ -44,8 +44,9 @@ from suasion.training.losses import (
 )
 from suasion.training.pairs import Logprobs, PairIds, baselines, first_loss, pair_ids, score, target
 from suasion.training.prefix import reply_logits, token_kl
-from suasion.training.processes import save_trained
+from suasion.training.processes import is_sharded, save_trained
 from suasion.training.reference import cache_file, check_stored_logprobs, shared_logprobs
+from suasion.training.sharding import scorer_here
 from suasion.training.steps import WholeSteps
 
 KL_PAIRS = 5
@@ -138,18 +139,19 @@ def run_stage(stage: StageContext) -> StageResult:
     print_baselines(arm.name, baseline, len(fitting))
 
     start = start_lineage(stage, arm.start)
-    policy = policy_of(recipe, start, arm.lora, hardware)
     own = arm.reference in ("start", arm.start)
     reference_lineage = start if own else start_lineage(stage, arm.reference)
-    reference_model = policy if own else load_to_score(reference_lineage, hardware.device)
-    reference = shared_logprobs(
-        reference_model, fitting, hardware, stage.folder / "reference.jsonl", cache_file(reference_lineage.hash, hardware)
-    )
-    started = (
-        reference
-        if own
-        else shared_logprobs(policy, fitting, hardware, stage.folder / "start.jsonl", cache_file(start.hash, hardware))
-    )
+    # A policy in shards exists only once the Trainer has made them: its start then scores before, on its own.
+    policy = None if is_sharded() else policy_of(recipe, start, arm.lora, hardware)
+
+    def logprobs(lineage: Lineage, file: str) -> dict[str, Logprobs]:
+        model = policy if policy is not None and lineage == start else scorer_here(lineage, hardware.device)
+        return shared_logprobs(model, fitting, hardware, stage.folder / file, cache_file(lineage.hash, hardware))
+
+    reference = logprobs(reference_lineage, "reference.jsonl")
+    started = reference if own else logprobs(start, "start.jsonl")
+    if policy is None:
+        policy = policy_of(recipe, start, arm.lora, hardware)
     fitting = [with_reference(pair, reference[pair.id], started[pair.id], arm) for pair in fitting]
     allowed = partial(logprob_tolerance, dtype=hardware.dtype, sampling=recipe.sample)
     checked = check_stored_logprobs(preferences, started, start.hash, allowed, arm.name)
@@ -235,7 +237,7 @@ def kl_to_start(policy: Any, pairs: Sequence[PairIds], hardware: Compute, seed: 
     policy.eval()
     chosen = sorted(pairs, key=lambda pair: derive_seed(seed, "kl", pair.id))[:KL_PAIRS]
     adapted = hasattr(policy, "disable_adapter")
-    start_model = policy if adapted else load_merged(start, hardware.device)
+    start_model = policy if adapted else scorer_here(start, hardware.device)
     values = []
     for pair in chosen:
         _, _, packed, logits = score(policy, [pair], hardware)

@@ -18,12 +18,13 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, load_policy, round_for_training
+from suasion.models import Compute, Lineage, round_for_training
 from suasion.recipe import Recipe
 from suasion.records import canonical_json
 from suasion.rundir import CHECKPOINTS
 from suasion.sections.training import LoraSection, TrainingSection, optimiser_steps
-from suasion.training.processes import barrier, rank
+from suasion.training.processes import barrier, is_sharded, rank
+from suasion.training.sharding import policy_here
 from suasion.training.steps import OWN, SPEED, training_seed
 
 MARK = "complete"
@@ -31,9 +32,9 @@ KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "epoch")
 
 
 def policy_of(recipe: Recipe, start: Lineage, lora: LoraSection | None, hardware: Compute) -> Any:
-    """The policy of a training: `load_policy`, its frozen layers rounded once where compute is bf16. FSDP2 wants one type a layer: there they are not."""
-    policy = load_policy(start, lora, recipe.seed, hardware.device)
-    return policy if recipe.processes.profile == "fsdp2" else round_for_training(policy, hardware)
+    """The policy of a training in this process, its frozen layers rounded once where compute is bf16. FSDP2 wants one type a layer: there they are not."""
+    policy = policy_here(start, lora, recipe.seed, hardware.device)
+    return policy if is_sharded() else round_for_training(policy, hardware)
 
 
 def arguments(
@@ -65,7 +66,8 @@ def arguments(
         seed=seed32,
         data_seed=seed32,
         use_cpu=compute.device == "cpu",
-        bf16=compute.dtype == "bfloat16",
+        # With shards the Trainer's bf16 would round the weights themselves; the steps' own autocast rounds what they compute.
+        bf16=compute.dtype == "bfloat16" and not is_sharded(),
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
@@ -77,6 +79,8 @@ def arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=compute.device == "cuda",
         ddp_find_unused_parameters=False,
+        # Else the arguments forget what accelerate was told (processes.py), and nothing would be sharded.
+        accelerator_config={"use_configured_state": is_sharded()},
         **extra,
     )
 

@@ -42,6 +42,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_sharded() -> bool:
+    """Whether this process is one of several that hold a share of a model each."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" and world_size() > 1
+
+
+def holds_shards(model: Any) -> bool:
+    """Whether a pass through this model needs all processes at once."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def barrier() -> None:
     """Wait for the other processes; nothing where there are none."""
     if world_size() > 1:
@@ -58,13 +68,28 @@ def summed(values: dict[str, float], device: str) -> dict[str, float]:
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def largest(value: int, device: str) -> int:
+    """The largest of all processes' values. Every process must call it."""
+    if world_size() == 1:
+        return value
+    most = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 def save_trained(policy: Any, folder: Path, base: ModelSection) -> None:
     """`save_adapter` by the first process, of tensors gathered from all of them where they are sharded."""
     state = None
-    if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
-        state = {
-            name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in policy.named_parameters() if p.requires_grad
-        }
+    assert holds_shards(policy) == is_sharded(), (
+        "a profile that shards trained a model that is not in shards, or the other way round"
+    )
+    if holds_shards(policy):
+        state = {}
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:  # gathered by all, kept by the one that writes
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                if rank() == 0:
+                    state[name] = whole.detach().cpu()
     if rank() == 0:
         save_adapter(policy, folder, base, state)
     barrier()
@@ -88,7 +113,7 @@ def launch_command(recipe: Recipe, context: Path, device: str, machine: int = 0)
     if section.profile == "fsdp2":
         command += [
             "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_reshard_after_forward", "true",
-            "--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_cpu_ram_efficient_loading", "false",
+            "--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_cpu_ram_efficient_loading", "true",  # sharding.py
         ]  # fmt: skip
     else:
         command.append("--multi_gpu")  # accelerate's name for several processes; on a CPU they talk through gloo
@@ -156,6 +181,23 @@ def _as_json(stage: StageContext) -> dict[str, Any]:
     }
 
 
+def make_accelerate_shard() -> None:
+    """Have accelerate shard in this process, on a CPU too.
+
+    accelerate 1.15 takes FSDP for a matter of GPUs (AcceleratorState.__init__): told to shard where processes compute on CPUs it trains a whole
+    model in each, and does not say so. torch's own fully_shard works there, through gloo. Raises UserError where nothing would be sharded.
+    """
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    if PartialState().distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # until the next line makes it FSDP
+    Accelerator()
+    if AcceleratorState().distributed_type != DistributedType.FSDP:
+        raise UserError("processes.profile is fsdp2, but this accelerate shards nothing here. Use processes.profile=ddp.")
+
+
 def _from_json(data: dict[str, Any]) -> StageContext:
     return StageContext(
         recipe=validate_recipe(data["recipe"], "the recipe of the run"),
@@ -182,6 +224,8 @@ def main(context: Path) -> int:
     PartialState(cpu=os.environ["ACCELERATE_USE_CPU"] == "true")  # joins the others, and chooses this process's GPU
     console.quiet = rank() > 0
     try:
+        if is_sharded():
+            make_accelerate_shard()
         result = importlib.import_module(data["module"]).run_stage(_from_json(data))
     except UserError as error:
         write_json(context.with_name(FAILURE), {"message": str(error)})

@@ -24,7 +24,7 @@ from suasion.progress import progress
 from suasion.records import Preference, canonical_json, content_id, read_json_lines
 from suasion.rundir import CHECKPOINTS, cache_dir
 from suasion.training.pairs import Logprobs, PairIds, score
-from suasion.training.processes import barrier, rank, world_size
+from suasion.training.processes import barrier, holds_shards, largest, rank, world_size
 
 
 def cache_file(lineage: str, hardware: Compute) -> Path:
@@ -40,17 +40,20 @@ def pair_key(pair: PairIds) -> str:
 
 @torch.no_grad()
 def reference_logprobs(
-    model: Any, pairs: Sequence[PairIds], hardware: Compute, path: Path, cache: Path | None = None
+    model: Any, pairs: Sequence[PairIds], hardware: Compute, path: Path, cache: Path | None = None, spare: PairIds | None = None
 ) -> dict[str, Logprobs]:
     """Log-probs of every pair by id, written to `path`; what the cache holds is not computed again, and what is computed is added.
 
-    The model scores in eval mode: dropout must not touch a reference.
+    The model scores in eval mode: dropout must not touch a reference. spare: of a model in shards, a pair to score for nothing as long as another
+    process has pairs left, since every pass needs all of them.
     """
     was_training = model.training
     model.eval()
     known = _read_cache(cache)
     values: dict[str, Logprobs] = {}
     done = sum(pair_key(pair) in known for pair in pairs)
+    missing = len({pair_key(pair) for pair in pairs} - known.keys())
+    idle = largest(missing, hardware.device) - missing if spare is not None else 0
     if cache:
         cache.parent.mkdir(parents=True, exist_ok=True)
     with progress("reference log-probs", len(pairs), "pairs", done) as advance:
@@ -65,6 +68,9 @@ def reference_logprobs(
                         handle.write(canonical_json({"key": key, **dataclasses.asdict(known[key])}) + "\n")
                 advance(1)
             values[pair.id] = known[key]
+        if spare is not None:
+            for _ in range(idle):
+                score(model, [spare], hardware)
     model.train(was_training)
     _write(path, pairs, values)
     return values
@@ -83,7 +89,8 @@ def shared_logprobs(model: Any, pairs: Sequence[PairIds], hardware: Compute, pat
         return reference_logprobs(model, pairs, hardware, path, cache)
     (path.parent / CHECKPOINTS).mkdir(exist_ok=True)
     shares = [path.parent / CHECKPOINTS / f"{path.stem}-{number}-of-{world_size()}.jsonl" for number in range(world_size())]
-    reference_logprobs(model, pairs[rank() :: world_size()], hardware, shares[rank()], cache)
+    spare = pairs[0] if holds_shards(model) else None
+    reference_logprobs(model, pairs[rank() :: world_size()], hardware, shares[rank()], cache, spare)
     barrier()
     made = {row.pop("id"): Logprobs(**row) for share in shares for _, row in read_json_lines(share)}
     if rank() == 0:
