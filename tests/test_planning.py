@@ -71,13 +71,13 @@ def test_seconds_are_tokens_over_rates(recipe: Recipe) -> None:
     plans = by_stage(stage_plans(recipe, LENGTHS, RATES, rows=32))
     load = planning.MODEL_LOAD_SECONDS
     assert list(plans)[:3] == ["corpus", "pools", "sft"]
-    assert plans["sft"].steps == 4 * 4
-    assert plans["sft"].seconds == pytest.approx(4 * 32 * 250 / 500 + load)
+    assert plans["sft"].steps == 2 * 8
+    assert plans["sft"].seconds == pytest.approx(2 * 32 * 250 / 500 + load)
     assert plans["sample"].rows == 2 * 28
     assert plans["sample"].seconds == pytest.approx(28 * 200 / 1000 + 1.1 * 56 * 50 / 100 + load)
     assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif"].steps) == (16, 16)
     assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-matched"].rows == plans["human-labels"].rows == 12
-    assert plans["dpo-rlaif"].seconds == pytest.approx(16 * 300 / 1000 + 4 * 16 * 300 / 500 + 2 * 5 * 300 / 1000 + load)
+    assert plans["dpo-rlaif"].seconds == pytest.approx(16 * 300 / 1000 + 2 * 16 * 300 / 500 + 2 * 5 * 300 / 1000 + load)
     assert plans["evaluate"].rows == 8 * 6
     answers, likelihoods = 8 * 200 / 1000 + 1.1 * 8 * 50 / 100 + load, 8 * 300 / 1000
     assert plans["evaluate"].seconds == pytest.approx(6 * (answers + likelihoods) + 20)
@@ -97,7 +97,7 @@ def test_each_rate_matters_where_it_should(recipe: Recipe) -> None:
 def test_human_arms_train_on_the_imported_rows(recipe: Recipe) -> None:
     plans = by_stage(stage_plans(recipe, LENGTHS, RATES, rows=32, imported=160))
     assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-rlhf"].rows == plans["human-labels"].rows == 160
-    assert plans["dpo-rlhf"].steps == 6 * 40
+    assert plans["dpo-rlhf"].steps == 3 * 80
     assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif-matched"].rows) == (16, 12)
 
 
