@@ -452,6 +452,16 @@ def test_left_to_itself_it_stays_until_it_is_stopped(aws, tmp_path) -> None:
     assert left(aws) == []
 
 
+def test_the_region_comes_from_the_variable_that_the_message_names(server, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert Account().region == "eu-west-1"
+    assert Account("us-east-1").region == "us-east-1"
+    monkeypatch.delenv("AWS_REGION")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "none")
+    with pytest.raises(UserError, match="or set AWS_REGION"):
+        Account()
+
+
 def test_another_accounts_credentials_are_refused(aws, tmp_path) -> None:
     launch = make(tmp_path, Machine())
     run_once(launch, offers_of(launch), detach=True)

@@ -5,6 +5,7 @@ Credentials are boto3's business (environment, profile, SSO); none is read, stor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -32,7 +33,8 @@ class Account:
             from botocore.config import Config
         except ImportError as error:
             raise UserError("launch needs boto3: pip install 'suasion[aws]'") from error
-        self._session = boto3.Session(region_name=region)
+        # boto3 itself reads AWS_DEFAULT_REGION and profiles, not the variable that AWS's other tools know.
+        self._session = boto3.Session(region_name=region or os.environ.get("AWS_REGION") or None)
         if not self._session.region_name:
             raise UserError("no AWS region is set. Give --region, for example --region us-east-1, or set AWS_REGION.")
         self.region: str = self._session.region_name
