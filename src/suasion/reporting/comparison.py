@@ -156,19 +156,24 @@ def pooled_rows(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     return rows
 
 
+def _settings(name: str, title: str, note: str, changes: list[dict[str, Any]]) -> Table:
+    """What was set otherwise: key, was, is."""
+    return Table(
+        name,
+        title,
+        note,
+        (Column("key", "Key"), Column("was", "Was", "long"), Column("is", "Is", "long")),
+        [{**row, "was": _plain(row["was"]), "is": _plain(row["is"])} for row in changes],
+    )
+
+
 def tables(found: dict[str, Any]) -> list[Table]:
     """The comparison as tables, for terminal and Markdown."""
     made = []
     for number, pair in enumerate(found["pairs"], start=1):
         names = " → ".join(pair["runs"])
         made += [
-            Table(
-                f"recipe_{number}",
-                f"Recipe, {names}",
-                "",
-                (Column("key", "Key"), Column("was", "Was", "long"), Column("is", "Is", "long")),
-                [{**row, "was": _plain(row["was"]), "is": _plain(row["is"])} for row in pair["recipe"]],
-            ),
+            _settings(f"recipe_{number}", f"Recipe, {names}", "", pair["recipe"]),
             Table(
                 f"data_{number}",
                 f"Data, {names}",
@@ -176,12 +181,11 @@ def tables(found: dict[str, Any]) -> list[Table]:
                 (Column("stage", "Stage"), Column("was", "Rows", "count"), Column("is", "Rows now", "count"), Column("what", "What changed", "long")),
                 pair["data"],
             ),
-            Table(
+            _settings(
                 f"tools_{number}",
                 f"Made with, {names}",
                 "Another code, package, device or precision can change numbers too.",
-                (Column("key", "Key"), Column("was", "Was", "long"), Column("is", "Is", "long")),
-                [{**row, "was": _plain(row["was"]), "is": _plain(row["is"])} for row in pair["tools"]],
+                pair["tools"],
             ),
             Table(
                 f"numbers_{number}",
