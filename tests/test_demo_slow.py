@@ -1,10 +1,14 @@
-"""The demo, undisturbed and killed with kill -9 in every stage: about 40 minutes on two cores. Run with -m slow."""
+"""The demo, undisturbed and killed with kill -9 in every stage, and every artefact of it changed by a byte: about 40 minutes on two cores.
+
+Run with -m slow.
+"""
 
 import os
 
 import pytest
 from report_proof import CHROMIUM, axe_finds_nothing, names_no_machine
 from test_pipeline import REPOSITORY, finish, kill_in_every_stage, same_results
+from test_verify import any_changed_byte_is_found
 
 from suasion.recipe import load_recipe
 
@@ -25,3 +29,4 @@ def test_the_demo_killed_in_every_stage_ends_with_the_same_summary(tmp_path):
     names_no_machine(report, REPOSITORY, undisturbed)
     if CHROMIUM is not None:
         axe_finds_nothing(report / "index.html")
+    any_changed_byte_is_found(undisturbed / recipe.name, recipe)

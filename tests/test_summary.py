@@ -480,6 +480,34 @@ def test_a_difference_that_is_gone_at_equal_length_is_not_told_without_it():
     assert wording.at_equal_length([{"first": "sft", "verdict": "cannot say"}, told[1]], models) == []
 
 
+@pytest.mark.parametrize(
+    ("verdict", "rate", "said"),
+    [
+        ("worse", (0.78, 0.51, 0.98), "opposite"),
+        ("better", (0.2, 0.1, 0.3), "opposite"),
+        ("worse", (0.2, 0.1, 0.3), ""),
+        ("better", (0.78, 0.51, 0.98), ""),
+        ("worse", (0.5, 0.5, 0.6), "Length may be all of it"),
+        ("cannot say", (0.78, 0.51, 0.98), ""),
+    ],
+)
+def test_a_difference_that_turns_round_at_equal_length_is_told(verdict, rate, said):
+    models = [
+        {"name": "base", "label": "base", "text": {"words": 197}, "length_controlled_vs_base": None},
+        {
+            "name": "rlhf",
+            "label": "rlhf",
+            "text": {"words": 103},
+            "length_controlled_vs_base": dict(zip(("value", "low", "high"), rate, strict=True)),
+        },
+    ]
+    sentences = wording.at_equal_length([{"first": "rlhf", "verdict": verdict}], models)
+    assert bool(sentences) == bool(said)
+    assert said in " ".join(sentences)
+    if sentences:
+        assert sentences[-1].endswith("The base writes 197 words a response, it 103.")
+
+
 @pytest.mark.parametrize(("longer", "said"), [(0.759, True), (0.738, True), (0.6, False), (None, False)])
 def test_a_judge_no_better_than_length_is_called_so(full, longer, said):
     facts = {**full["facts"], "grader": {"accuracy": 0.738, "longer": longer}}

@@ -10,6 +10,7 @@ unfinished one goes on where it was. Missing human labels block only the arms th
 
 from __future__ import annotations
 
+import gc
 import importlib
 import time
 from collections.abc import Callable, Collection
@@ -52,8 +53,14 @@ class Stage:
     arm: str = ""
 
     def function(self) -> Callable[[StageContext], StageResult]:
-        """The stage's function; its module is imported only when it runs, so that skipping is fast."""
-        return importlib.import_module(self.module).run_stage  # type: ignore[no-any-return]
+        """The stage's function; its module is imported only when it runs, so that skipping is fast.
+
+        What it imports never goes, and no later collection of garbage looks at it again (one comes with the start of every training).
+        """
+        gc.collect()  # but what earlier stages left, models among it, must not be kept with it
+        module = importlib.import_module(self.module)
+        gc.freeze()
+        return module.run_stage  # type: ignore[no-any-return]
 
     def external(self, recipe: Recipe, run: Path) -> dict[str, str]:
         """sha256 of what this stage reads from outside the stages: corpora, training pairs of graders, labels, the base model."""

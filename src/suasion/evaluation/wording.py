@@ -157,27 +157,39 @@ def _against_base(comparisons: list[dict[str, Any]], labels: dict[str, str]) -> 
 
 
 def at_equal_length(against_base: list[dict[str, Any]], models: list[dict[str, Any]]) -> list[str]:
-    """Which differences from the base are gone at equal length: a judge that likes longer texts must not pass for a finding."""
-    told = {comparison["first"] for comparison in against_base if comparison["verdict"] in ("better", "worse")}
-    gone = [
-        (model, rate)
-        for model in models
-        if model["name"] in told
-        and (rate := model["length_controlled_vs_base"]) is not None
-        and rate["low"] is not None
-        and rate["low"] <= 0.5 <= rate["high"]
-    ]
-    if not gone:
-        return []
+    """Which differences from the base are gone, or turn round, at equal length: a judge of length must not pass for a finding."""
+    verdicts = {c["first"]: c["verdict"] for c in against_base if c["verdict"] in ("better", "worse")}
+    gone, turned = [], []
+    for model in models:
+        verdict, rate = verdicts.get(model["name"]), model["length_controlled_vs_base"]
+        if verdict is None or rate is None or rate["low"] is None:
+            continue
+        if rate["low"] <= 0.5 <= rate["high"]:
+            gone.append(model)
+        elif (rate["low"] > 0.5) == (verdict == "worse"):
+            turned.append(model)
+    sentences = []
+    if gone:
+        sentences.append(
+            f"Length may be all of it: at equal length, no difference from the base can be told for {_equal_length_rates(gone)}."
+        )
+    if turned:
+        sentences.append(
+            f"The opposite at equal length: {_equal_length_rates(turned)} against the base, read off a curve that is fitted to all prompts, "
+            "and not corrected for several models."
+        )
     words = {model["name"]: model["text"]["words"] for model in models if model.get("text")}
-    numbers = [f"{model['label']} {percent(rate['value'])} ({interval(rate['low'], rate['high'])})" for model, rate in gone]
-    lengths = [words[model["name"]] for model, _ in gone if model["name"] in words]
-    text = f"Length may be all of it: at equal length, no difference from the base can be told for {listed(numbers)}."
-    if "base" not in words or not lengths:
-        return [text]
-    shortest, longest = f"{min(lengths):.0f}", f"{max(lengths):.0f}"
-    theirs = shortest if shortest == longest else f"{shortest} to {longest}"
-    return [f"{text} The base writes {words['base']:.0f} words a response, {'it' if len(gone) == 1 else 'they'} {theirs}."]
+    lengths = [words[model["name"]] for model in [*gone, *turned] if model["name"] in words]
+    if "base" in words and lengths:
+        shortest, longest = f"{min(lengths):.0f}", f"{max(lengths):.0f}"
+        theirs = shortest if shortest == longest else f"{shortest} to {longest}"
+        sentences[-1] += f" The base writes {words['base']:.0f} words a response, {'it' if len(lengths) == 1 else 'they'} {theirs}."
+    return sentences
+
+
+def _equal_length_rates(models: list[dict[str, Any]]) -> str:
+    rates = [(model["label"], model["length_controlled_vs_base"]) for model in models]
+    return listed([f"{label} {percent(rate['value'])} ({interval(rate['low'], rate['high'])})" for label, rate in rates])
 
 
 def in_peoples_eyes(people: dict[str, Any], labels: dict[str, str]) -> list[str]:
