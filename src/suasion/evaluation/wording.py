@@ -183,7 +183,9 @@ def at_equal_length(against_base: list[dict[str, Any]], models: list[dict[str, A
     if "base" in words and lengths:
         shortest, longest = f"{min(lengths):.0f}", f"{max(lengths):.0f}"
         theirs = shortest if shortest == longest else f"{shortest} to {longest}"
-        sentences[-1] += f" The base writes {words['base']:.0f} words a response, {'it' if len(lengths) == 1 else 'they'} {theirs}."
+        sentences[-1] += (
+            f" The base writes {words['base']:.0f} words a response, {'it' if len(lengths) == 1 else 'they'} {theirs}."
+        )
     return sentences
 
 
