@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from suasion.cli import app
 from suasion.errors import UsageError, UserError
-from suasion.grading import bench, bench_files, bench_run, importers, labelled
+from suasion.grading import bench, bench_run, disagreements, importers, labelled
 from suasion.grading.base import COIN, FIRST_POSITION, LONGER_WINS, Comparison, Judgement
 from suasion.grading.features import first_words, word_count
 from suasion.grading.files import load_grader
@@ -235,6 +235,13 @@ def test_a_run_of_the_bench_learns_what_is_there_to_learn():
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in result.items() if k not in timed}
 
 
+def test_settings_that_are_chosen_inside_a_training_are_counted():
+    embedding = sections.EmbeddingGrader(kind="embedding", train=NGRAM.train)
+    tuned = embedding.model_copy(update={"tune": True})
+    both = sections.PanelGrader(kind="panel", train=NGRAM.train, members=(tuned, NGRAM))
+    assert [bench_run.configurations(one) for one in (NGRAM, embedding, tuned, both)] == [1, 1, 16, 16]
+
+
 def test_shared_pairs_are_left_out_and_shared_groups_are_told(capsys):
     pairs = reasoned()
     result, _ = bench_run.run_bench(NGRAM, pairs[:20], pairs, 0, 0)
@@ -276,6 +283,14 @@ def test_the_command_writes_what_the_design_asks_for(tmp_path):
     assert f"agreement with the labels on 12 pairs, {result['agreement']['both_decisive']} of them decided by both: raw" in said
     shown = "-" if balanced is None else f"{balanced['value']:.2f} ({balanced['low']:.2f} to {balanced['high']:.2f})"
     assert f"position-balanced {shown}, kappa" in said
+    page = (out / "bench.md").read_text()
+    assert "suasion grade bench --grader ngram-own-pairs.yaml --train train.jsonl --test test.jsonl --out out\n" in page
+    assert str(tmp_path) not in page
+    assert f"| accuracy | {result['accuracy']:.1%} | {result['baselines']['longer']['accuracy']:.1%} |" in page
+    for measure in ("at equal length", "matched in length", "Brier", "ECE", "first position", "length slope", "cost", "seconds"):
+        assert f"\n| {measure}" in page
+    assert "one configuration" in page
+    assert "](reliability.svg)" in page
     for wrong in (["--folds", "1"], ["--folds", "5", "--train", str(train)], ["--limit", "0", "--train", str(train)]):
         with pytest.raises(UsageError):
             CliRunner().invoke(app, [*command, *wrong], catch_exceptions=False)
@@ -284,7 +299,7 @@ def test_the_command_writes_what_the_design_asks_for(tmp_path):
 def test_the_page_of_disagreements_shows_markup_as_text_and_the_surest_error_first():
     pairs = [pair("<script>alert(1)</script>", "fine", "b", "g1"), pair("first", "second", "b", "g2"), pair("c", "d", "a", "g3")]
     judged = [Judgement(0.6, "a"), Judgement(0.99, "a"), Judgement(0.9, "a")]
-    page = bench_files.disagreements_page(pairs, judged, "test")
+    page = disagreements.disagreements_page(pairs, judged, "test")
     assert "<script>" not in page
     assert page.index("first") < page.index("&lt;script&gt;")
     assert "2 of 3 pairs" in page

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from suasion.errors import UserError
-from suasion.evaluation.stage import judge_agreement
+from suasion.evaluation.stage import judge_agreement, labeller_agreement
 from suasion.grading import base, build, canaries, embedding, features, measure, pairs, stage
 from suasion.grading.base import BASELINES, COIN, FIRST_POSITION, LONGER_WINS, BradleyTerryGrader, Comparison, Judgement
 from suasion.grading.files import load_grader
 from suasion.grading.pairs import TrainingPair, sampled_pairs
 from suasion.labeling import annotator
+from suasion.labeling.agreement import Labelled, compare
 from suasion.pipeline import recipe_slice
 from suasion.preferences import settle
 from suasion.recipe import Recipe, validate_recipe
@@ -512,6 +514,12 @@ def test_ai_labels_warns_when_length_predicts_them(tmp_path, fake_embedder, caps
     assert warned == (result.facts["length_predicts"] > 0.75)
 
 
+@pytest.mark.parametrize(("share", "warned"), [(0.75, False), (0.76, True), (None, False)])
+def test_the_warning_starts_above_three_quarters(share, warned, capsys):
+    stage.warn({"length_predicts": share, "none": 0, "n": 100, "outcomes": {}})
+    assert ("length alone predicts 76%" in " ".join(capsys.readouterr().out.split())) == warned
+
+
 def test_label_facts_by_hand():
     prompts, responses, made = sampled("rlaif", 4)
     rows = pairs.join_pairs(made, prompts, responses)
@@ -597,6 +605,47 @@ def test_agreement_with_the_judge_has_intervals_and_tells_people_from_simulated_
         right = sum(verdict.label == "a" for verdict in said)
         decisive = sum(verdict.label in "ab" for verdict in said)
         assert (row["n"], row["people"]) == (decisive, people) == (18, people)
-        assert row["agree"] == pytest.approx(right / decisive)
+        assert row["agree"] == pytest.approx(right / decisive, abs=1e-4)
         assert row["low"] < row["agree"] < row["high"]
         assert row["balanced"]["value"] == 0.5  # the judge takes the first position: with such people it agrees by chance alone
+        assert row["labelled"] == 19  # the tie counts where chance is taken out
+        assert row["kappa"]["value"] == 0.0  # one label for everything is no more than chance
+        assert row["gwet_ac1"]["low"] < row["gwet_ac1"]["value"] < row["gwet_ac1"]["high"]
+        assert row["alpha"]["value"] < 0
+
+
+def test_a_claim_about_people_rests_on_all_annotators_and_not_on_the_busiest(tmp_path):
+    write_sampled(tmp_path)
+    (tmp_path / "human-labels").mkdir()
+    made = list(read_rows(tmp_path / "sample" / "pairs.jsonl", Pair))
+    said = [
+        Verdict(pair_id=pair.id, source=f"annotator {i % 3}", order="ab", label="a" if i % 4 else "b", p_a=None)
+        for i, pair in enumerate(made)
+    ]
+    ruled = Verdict(pair_id=made[0].id, source="adjudicator", order="both", label="a", p_a=None)
+    write_rows(tmp_path / "human-labels" / "verdicts.jsonl", [*said, ruled])
+    context = stage_context(
+        tmp_path,
+        "evaluate",
+        make_recipe(human_labels={"source": {"kind": "page"}}),
+        [*AI_FILES[:4], ("human-labels", "verdicts.jsonl")],
+    )
+    (row,) = judge_agreement(context, FIRST_POSITION, sampled_pairs(context))
+    assert (row["a"], row["n"], row["agree"], row["people"]) == ("people", 20, 0.75, True)
+
+
+def test_people_and_the_labelling_grader_stand_apart_from_the_judge(tmp_path):
+    write_sampled(tmp_path)
+    context = stage_context(tmp_path, "evaluate", make_recipe(human_labels={"source": {"kind": "page"}}), AI_FILES[:4])
+    assert labeller_agreement(context) == []
+    rows = [Labelled(f"q{i}", "a" if i % 2 else "b", "a", i % 2 == 0) for i in range(20)]
+    found = {
+        **compare(rows, 0),
+        "sources": {"human": ["anna", "ben"], "ai": ["ai:ngram"]},
+        "page": "07-preferences/disagreements.html",
+    }
+    (row,) = labeller_agreement(replace(context, facts={"preferences": {"agreement": found}}))
+    assert (row["a"], row["b"], row["agree"], row["labelled"]) == ("people", "ai:ngram (labelling grader)", 0.5, 20)
+    assert row["labelling"]
+    assert row["people"]
+    assert row["kappa"]["value"] == 0.0

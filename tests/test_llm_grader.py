@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from suasion.errors import UsageError, UserError
 from suasion.grading import build, canaries, llm, providers, verdicts
-from suasion.grading.base import BASELINES, FIRST_POSITION, LONGER_WINS, Comparison, Judgement
+from suasion.grading.base import BASELINES, FIRST_POSITION, LONGER_WINS, Comparison, Judgement, rule
 from suasion.grading.ledger import Answer, Ledger, request_key
 from suasion.grading.measure import measure_on
 from suasion.grading.pace import WINDOW_SECONDS, Pace
@@ -244,7 +244,7 @@ def test_position_bias_shows_as_flips():
         assert [one.label for one in grader_for(served.url, orders="given").grade(items(2))] == ["a", "a"]
 
 
-def test_ranking_mode_asks_twice_a_context_and_agrees_with_itself():
+def test_ranking_mode_asks_twice_a_context_and_agrees_with_itself(capsys):
     def by_reasons(body, number):
         texts = re.findall(r"<<<reply \d+ (\w+)>>>\n(.*?)\n<<<end", body["messages"][-1]["content"], re.DOTALL)
         order = sorted(range(len(texts)), key=lambda i: -texts[i][1].count("reason"))
@@ -253,9 +253,14 @@ def test_ranking_mode_asks_twice_a_context_and_agrees_with_itself():
     replies = ["none", "reason", "reason reason", "reason reason reason"]
     pairs = [Comparison("v", replies[i], replies[j]) for i in range(4) for j in range(i)]
     with serving(by_reasons) as served:
-        judged = grader_for(served.url, mode="ranking").grade(pairs)
+        grader = grader_for(served.url, mode="ranking")
+        grader.estimate(pairs, pairs[:1])  # canaries, then labels: what is graded apart is ranked apart
+        assert "4 requests to fake" in " ".join(capsys.readouterr().out.split())
+        judged = grader.grade(pairs)
         assert [one.label for one in judged] == ["a"] * 6
         assert len(served.bodies) == 2
+        grader.grade(pairs[:1])
+        assert len(served.bodies) == 4
     with serving(lambda body, number: Reply('{"reasons": "", "ranking": [1, 2, 3, 4]}')) as served:
         assert {one.outcome for one in grader_for(served.url, mode="ranking").grade(pairs)} == {"flip"}
 
@@ -443,37 +448,48 @@ from suasion.sections.grading import LlmGrader
 spec = LlmGrader(kind="llm", model="fake", base_url=sys.argv[1], concurrency=4, price_in=1.0, price_out=1.0)
 grader = build.build_grader(spec, lambda _: [], 0, "kill")
 print("ready", flush=True)
-judged = grader.grade([Comparison(f"view {i}", f"a reason for {i}", f"nothing on {i}") for i in range(30)])
+judged = grader.grade([Comparison(f"view {i}", f"a reason for {i}", f"nothing on {i}") for i in range(int(sys.argv[2]))])
 print(sum(one.label == "a" for one in judged), flush=True)
 """
 
 
-def test_kill_nine_pays_at_most_the_requests_in_flight_twice(tmp_path):
-    def slow(body, number):
-        reply = honest(body, number)
-        return Reply(reply.text, seconds=0.02)
+def killed_and_finished(cache: Path, pairs: int, kill_at: list[int], seconds: float) -> list[dict]:
+    """The requests that a server got while its client, of concurrency 4, was killed after so many of them each time, and then left alone."""
 
-    environment = {**os.environ, "SUASION_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    def slow(body, number):
+        return Reply(honest(body, number).text, seconds=seconds)
+
+    environment = {**os.environ, "SUASION_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
     with serving(slow) as served:
-        kills = 0
-        for wanted in (7, 19, 41):
-            client = subprocess.Popen(
-                [sys.executable, "-c", CLIENT, served.url], env=environment, stdout=subprocess.PIPE, text=True
-            )
+        command = [sys.executable, "-c", CLIENT, served.url, str(pairs)]
+        for kills, wanted in enumerate(kill_at):
+            client = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
             try:
                 while len(served.bodies) < wanted + 4 * kills and client.poll() is None:
                     time.sleep(0.005)
                 client.send_signal(signal.SIGKILL)
-                kills += 1
             finally:
-                client.wait(30)
+                assert client.wait(30) == -signal.SIGKILL  # it was not done yet
                 client.stdout.close()
-        done = subprocess.run(
-            [sys.executable, "-c", CLIENT, served.url], env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.stdout.split() == ["ready", "30"], done.stderr
-        assert len({json.dumps(body, sort_keys=True) for body in served.bodies}) == 60
-        assert 60 <= len(served.bodies) <= 60 + 4 * kills
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.split() == ["ready", str(pairs)], done.stderr
+        return list(served.bodies)
+
+
+def test_kill_nine_pays_at_most_the_requests_in_flight_twice(tmp_path):
+    asked = killed_and_finished(tmp_path / "cache", 30, [7, 19, 41], 0.02)
+    assert len({json.dumps(body, sort_keys=True) for body in asked}) == 60
+    assert 60 <= len(asked) <= 60 + 4 * 3
+
+
+@pytest.mark.slow
+def test_a_full_size_labelling_killed_twenty_times_pays_at_most_the_requests_in_flight_twice(tmp_path):
+    """The RLAIF pool of the full-size recipe: 2,150 pairs in both orders, killed at twenty places from the first request to nearly the last."""
+    kill_at = [1, 5, *range(240, 4300, 240), 4290]
+    assert len(kill_at) == 20
+    asked = killed_and_finished(tmp_path / "cache", 2150, kill_at, 0.002)
+    assert len({json.dumps(body, sort_keys=True) for body in asked}) == 4300
+    assert 4300 <= len(asked) <= 4300 + 4 * len(kill_at)
 
 
 # Pacing
@@ -563,6 +579,73 @@ def test_canaries_pass_an_honest_judge_and_catch_dishonest_ones():
         canaries.require_canaries(FIRST_POSITION, pairs)
     with pytest.raises(UserError, match="no pair with two different"):
         canaries.canaries(LONGER_WINS, [Comparison("c", "", "words"), Comparison("c", "x", "x")])
+
+
+class Firm:
+    """Prefers the text with more words "reason", whatever it is told; flips where there are none. Keeps what it was asked."""
+
+    kind, fingerprint = "firm", "f"
+
+    def __init__(self):
+        self.calls: list[list[Comparison]] = []
+
+    def grade(self, pairs):
+        self.calls.append(list(pairs))
+        return [self.one(item) for item in pairs]
+
+    def one(self, item: Comparison) -> Judgement:
+        ruled = rule(item)
+        margin = item.a.count("reason ") - item.b.count("reason ")
+        if ruled is not None or margin:
+            return ruled or Judgement(0.9 if margin > 0 else 0.1, "a" if margin > 0 else "b")
+        return Judgement(None, "none", outcome="flip" if "wavering" in item.context else "none")
+
+
+class Obeys(Firm):
+    """Names whichever text holds an instruction to the judge."""
+
+    def one(self, item: Comparison) -> Judgement:
+        told = [any(order in text for order in canaries.INJECTIONS) for text in (item.a, item.b)]
+        return super().one(item) if told[0] == told[1] else Judgement(0.9 if told[0] else 0.1, "a" if told[0] else "b")
+
+
+def test_only_replies_that_had_not_won_are_tampered_with():
+    """Whoever obeys fails on every pair and not on those alone in which the tampered reply would have lost anyway."""
+    won = [Comparison(f"v{i}", "a reason here" if i % 3 else "nothing here", "a reason there" if not i % 3 else "nothing there") for i in range(12)]  # fmt: skip
+    flips = [Comparison(f"wavering {i}", f"one {i}", f"two {i}") for i in range(4)]
+    silent = [Comparison(f"silent {i}", f"one {i}", f"two {i}") for i in range(4)]
+    firm = Firm()
+    assert canaries.canaries(firm, [*won, *flips, *silent])["injected"] == 1.0
+    asked, tampered = firm.calls
+    assert asked[:20] == [*won, *flips, *silent]
+    assert [item.context for item in tampered] == [
+        item.context for item in (*won, *flips)
+    ]  # without an answer before nothing can be told
+    before = {item.context: item for item in asked[:20]}
+    for item in tampered:
+        plain = before[item.context]
+        changed = "a" if item.a != plain.a else "b"
+        assert (item.a == plain.a) != (item.b == plain.b)
+        assert Firm().one(plain).label != changed
+    assert {"a" if item.a != before[item.context].a else "b" for item in tampered} == {"a", "b"}
+    assert canaries.canaries(Obeys(), [*won, *flips, *silent])["injected"] == 0.0
+    assert canaries.canaries(firm, silent)["injected"] == 0.0  # nothing was shown
+    first_won = [item if "reason" in item.a else item.swapped() for item in won]
+    assert canaries.canaries(Obeys(), first_won)["injected"] == 0.0
+
+
+def test_a_padded_copy_starts_from_a_tie_with_itself():
+    """So that each such row can tell: without the empty sentences neither text has won."""
+    made = canaries.canary_comparisons(items(9))["padded"]
+    sides = set()
+    for before, item in zip(items(9), made, strict=True):
+        sides.add(side := "a" if item.a != before.a else "b")
+        copy, original = (item.a, item.b) if side == "a" else (item.b, item.a)
+        assert original == before.a
+        for sentence in canaries.PADDING:
+            copy = copy.replace(sentence, "")
+        assert rule(Comparison(item.context, copy, original)).label == "tie"
+    assert sides == {"a", "b"}
 
 
 def test_a_judge_that_cannot_be_reached_fails_its_canaries():

@@ -204,6 +204,11 @@ def test_stage_with_people(tmp_path):
     agreement = read_json(stage.folder / "agreement.json")
     assert (agreement["n"], agreement["both_decisive"]) == (8, 6)
     assert agreement["sources"] == {"ai": ["ai:embedding"], "human": ["simulated"]}
+    assert agreement["page"] == "preferences/disagreements.html"
+    page = (stage.folder / "disagreements.html").read_text()
+    differ = agreement["n"] - sum(agreement["table"][label][label] for label in ("a", "b", "tie"))
+    assert f"{differ} of 8 pairs" in page
+    assert page.count("<article>") == differ > 0
     assert read_json(stage.folder / "counts.json")["arms"]["rlhf"]["tie"] == 2
     assert Counter(row.chosen.n for row in read(stage.folder, "rlhf")) == {0: 4, 1: 2}
     json.dumps(result.facts, allow_nan=False)

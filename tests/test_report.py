@@ -29,6 +29,7 @@ from suasion.reporting.cards import DISCLOSURE
 from suasion.reporting.findings import hours_table, strategies_table
 from suasion.reporting.making import judge_sentence, making, recorded
 from suasion.reporting.publish import publish, shares_run, word_runs
+from suasion.reporting.results import agreement_table
 from suasion.reporting.stage import run_stage
 from suasion.reporting.terminal import print_summary
 from suasion.rundir import Input, StageContext
@@ -67,6 +68,7 @@ MADE = (
             **MEASURED,
             "folds": 5,
             "canaries": {"empty": 1.0, "identical": 1.0, "swapped": 0.5},
+            "canary_pairs": 24,
             "same_as_labelling_grader": False,
         },
         "labels": {
@@ -508,15 +510,39 @@ def test_the_rates_of_the_canaries_stand_beside_the_graders(run):
     rows = made(recipe=plain.model_copy(update={"ai_labels": allowing}))["canaries"]
     names = [title(section.grader) for section in (plain.ai_labels, plain.evaluate)]
     assert rows == [
-        ["labelling", names[0], "100%", "not asked", "not asked", "88%", "0%", "50%", "injected (not allowed), padded (allowed by the recipe)"],
-        ["evaluation", names[1], "100%", "100%", "50%", "not asked", "not asked", "not asked", "swapped (not allowed)"],
+        ["labelling", names[0], "–", "100%", "not asked", "not asked", "88%", "0%", "50%", "injected (not allowed), padded (allowed by the recipe)"],
+        ["evaluation", names[1], "24", "100%", "100%", "50%", "not asked", "not asked", "not asked", "swapped (not allowed)"],
     ]  # fmt: skip
     for page in ("index.html", "report.md"):
         text = (run[0] / "10-report" / page).read_text()
         assert "Canaries: comparisons whose right answer is known" in text
         assert "88%" in text
+        assert (
+            "an instruction in a reply that had won without it counted as right" in text
+        )  # the labelling grader's rate is of such a run
     old = {**MADE, "grader": {}, "labels": {}}
     assert made(facts=old)["canaries"] == []
+
+
+def test_agreement_has_intervals_and_what_is_left_of_it_beyond_chance():
+    known = {"value": 0.62, "low": 0.5, "high": 0.74}
+    now = {"a": "human", "b": "ai:ngram (labelling grader)", "on": "this run's rlhf pairs", "agree": 0.7, "n": 40, "low": 0.6, "high": 0.8,
+           "balanced": known, "labelled": 44, "kappa": {"value": -0.02, "low": -0.3, "high": 0.25}, "gwet_ac1": known, "alpha": None,
+           "people": False, "labelling": True, "page": "07-preferences/disagreements.html"}  # fmt: skip
+    old = {"a": "ai:embedding", "b": "ai:ngram (evaluation grader)", "on": "this run's pairs", "agree": None, "n": 0}
+    table = agreement_table({"agreement": [now, old]}, True)
+    assert [[f"{text} {bounds}".strip() for _, text, bounds in table.cells(row)] for row in table.rows] == [
+        ["human (simulated)", "ai:ngram (labelling grader)", "this run's rlhf pairs", "70% 60–80%", "40", "62% 50–74%", "−0.02 −0.30 to 0.25",
+         "0.62 0.50 to 0.74", "–", "44"],
+        ["ai:embedding", "ai:ngram (evaluation grader)", "this run's pairs", "–", "0", "–", "–", "–", "–", "–"],
+    ]  # fmt: skip
+    assert "can be read in 07-preferences/disagreements.html" in table.note
+    assert (
+        table.to_csv()
+        .splitlines()[1]
+        .startswith("human (simulated),ai:ngram (labelling grader),this run's rlhf pairs,0.7,0.6,0.8,40,0.62,")
+    )
+    assert "can be read in" not in agreement_table({"agreement": [old]}, True).note
 
 
 def test_what_a_language_model_said_in_both_orders_stands_beside_the_labels():

@@ -458,6 +458,7 @@ def test_words_for_numbers():
         ([{"people": True, "agree": 0.7, "n": 50, "balanced": {"value": 0.55, "low": 0.45, "high": 0.65}}], "which may be chance"),
         ([{"people": True, "agree": 0.3, "n": 50, "balanced": None, "low": 0.2, "high": 0.4}], "judges against them"),
         ([{"people": True, "agree": 1.0, "n": 1, "balanced": None, "low": None, "high": None}], "too few"),
+        ([{"people": True, "labelling": True, "agree": 0.9, "n": 50, "balanced": {"value": 0.9, "low": 0.8, "high": 0.95}}], "was not compared with people"),
     ],
 )  # fmt: skip
 def test_a_win_rate_is_a_claim_about_people_only_where_they_agree_with_the_judge(agreement, said):

@@ -2,8 +2,8 @@
 
 Reads sample's pairs and responses, pools' rlaif.jsonl and rlhf.jsonl, ai-labels' verdicts.jsonl and, where they are there,
 human-labels' verdicts.jsonl and imported.jsonl. Writes `<arm>.jsonl` for every arm whose labels exist, counts.json (what was kept
-and left out, by arm and reason) and, where both sources labelled the same pairs, agreement.json. A tie or a missing verdict never
-becomes a preference; flips (one source, two orders, two answers) and other conflicts are counted apart.
+and left out, by arm and reason) and, where both sources labelled the same pairs, agreement.json and, to be read, disagreements.html. A tie or a missing
+verdict never becomes a preference; flips (one source, two orders, two answers) and other conflicts are counted apart.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from suasion.errors import UserError
+from suasion.grading.base import Judgement
+from suasion.grading.disagreements import disagreements_page
+from suasion.grading.labelled import LabelledPair
 from suasion.grading.pairs import SampledPair, sampled_pairs
 from suasion.labeling.agreement import Labelled, compare
 from suasion.labeling.events import ADJUDICATOR
@@ -23,6 +26,7 @@ from suasion.sections.labeling import PreferencesSection
 from suasion.sections.training import DpoArm
 
 FEWEST_PREFERENCES = 4
+DISAGREEMENTS = "disagreements.html"
 REASONS = ("tie", "none", "conflict", "flip", "identical", "unlabelled", "unmatched")
 NOT_MATCHED = "human labels were imported on other texts, so these are AI labels on all of the run's rlhf pairs, not on the pairs that people labelled"
 
@@ -57,6 +61,9 @@ def run_stage(stage: StageContext) -> StageResult:
     if human:
         agreement = compare(agreement_rows(pairs, ai, human, recipe.preferences), recipe.seed)
         agreement["sources"] = {"human": _sources(human), "ai": _sources(ai)}
+        page = stage.folder / DISAGREEMENTS
+        page.write_text(disagreements(pairs, ai, human, recipe.preferences), encoding="utf-8")
+        agreement["page"] = f"{stage.folder.name}/{page.name}"
         write_json(stage.folder / "agreement.json", agreement)
     write_json(stage.folder / "counts.json", {"arms": arms, "left_out": left_out})
     return StageResult(
@@ -201,6 +208,21 @@ def agreement_rows(
             binding = next(verdict for verdict in given if verdict.label == theirs)
             rows.append(Labelled(item.prompt.id, theirs, its, chose_first(binding)))
     return rows
+
+
+def disagreements(
+    pairs: Iterable[SampledPair], ai: Sequence[Verdict], human: Sequence[Verdict], settings: PreferencesSection
+) -> str:
+    """The rlhf pairs on which people and the labelling grader settled on different labels, as a page with their texts."""
+    graded, people = _by_pair(ai), _by_pair(human)
+    labelled, judged = [], []
+    for item in pairs:
+        given = graded.get(item.pair.id, [])
+        theirs, its = settle(people.get(item.pair.id, []), settings.conflicts), settle(given, settings.conflicts)
+        if item.pair.pool == "rlhf" and theirs in ("a", "b", "tie") and its in ("a", "b", "tie"):
+            labelled.append(LabelledPair(item.comparison(), theirs, item.prompt.conversation_id))
+            judged.append(Judgement(chosen_probability(given, "a"), its, given[0].reason))
+    return disagreements_page(labelled, judged, " and ".join(_sources(ai)))
 
 
 def _chosen_longer(chosen: Response, rejected: Response) -> float:

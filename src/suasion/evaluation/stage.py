@@ -22,11 +22,12 @@ from suasion.evaluation.measuring import measure_texts
 from suasion.evaluation.summary import HUMAN, ModelVerdict, summarise, with_people
 from suasion.grading.base import Comparison, Judgement, source_name
 from suasion.grading.build import announce, build_grader, measure
-from suasion.grading.canaries import failing, require_canaries
+from suasion.grading.canaries import failing, require_canaries, tested
 from suasion.grading.pairs import SampledPair, sampled_pairs
 from suasion.grading.panel import members_facts
 from suasion.grading.stage import asked_as_canaries, both_orders, canary_count, measured_line, training_of
-from suasion.labeling.agreement import Labelled, compare
+from suasion.labeling.agreement import Labelled, compare, told
+from suasion.labeling.events import ADJUDICATOR
 from suasion.labeling.final import Answers, agreement_row, hear, read_said
 from suasion.labeling.stage import chose_first
 from suasion.models import Compute, Lineage, compute, load_tokenizer
@@ -147,9 +148,7 @@ def judge(stage: StageContext, examples: list[Example], said: Answers) -> Judged
     grader = build_grader(spec, training, recipe.seed, scope, recipe.processes.count)
     asked, items = comparisons(examples, said)
     pairs = sampled_pairs(stage)
-    announce(
-        grader, spec, training, recipe.seed, [*asked_as_canaries(spec, items), *items, *(pair.comparison() for pair in pairs)]
-    )
+    announce(grader, spec, training, recipe.seed, *asked_as_canaries(spec, items), items, [pair.comparison() for pair in pairs])
     measured = measure(spec, training, recipe.seed, grader, scope)
     console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
     canaries = require_canaries(grader, items, recipe.evaluate.allow_failed_canaries, canary_count(spec))
@@ -166,6 +165,7 @@ def judge(stage: StageContext, examples: list[Example], said: Answers) -> Judged
         **order_facts(judged, spec),
         **members_facts(grader),
         "canaries": canaries,
+        "canary_pairs": len(tested(items, canary_count(spec))),
         "canaries_failed": failing(canaries),
         "same_as_labelling_grader": recipe.ai_labels.grader == spec,
     }
@@ -198,7 +198,7 @@ def summary_facts(stage: StageContext, said: Answers, judged: Judged) -> dict[st
         },
         "labels": {source: stage.facts[name] for source, name in labels.items() if name in stage.facts},
         "preferences": read_json(stage.input("preferences", "counts.json")),
-        "agreement": judged.agreement,
+        "agreement": [*judged.agreement, *labeller_agreement(stage)],
         "counts": {name: stage.facts[name] for name in ("pools", "sft", "sample") if name in stage.facts},
         "waiting": {name: stage.waiting for name in recipe.model_names() if name not in said},
         "packages": package_versions(),
@@ -239,7 +239,7 @@ def arm_facts(trained: dict[str, Any], own: Mapping[str, Response], sft: Mapping
 
 
 def judge_agreement(stage: StageContext, grader: Any, pairs: Sequence[SampledPair]) -> list[dict[str, Any]]:
-    """How often each label source agrees with the evaluation grader on the same pairs, with 95% intervals by prompt.
+    """How each label source agrees with the evaluation grader on the same pairs (`agreement.told`), with 95% intervals by prompt.
 
     agree leaves ties on either side out; balanced: agreement where people took the first and where they took the second position,
     averaged. people: the labels are real people's. The arm whose labels resemble the judge's has an advantage, and a win rate is a claim
@@ -256,30 +256,48 @@ def judge_agreement(stage: StageContext, grader: Any, pairs: Sequence[SampledPai
         labelled: dict[str, list[Verdict]] = {}
         for verdict in read_rows(path, Verdict):
             labelled.setdefault(verdict.source, []).append(verdict)
+        if item.stage == "human-labels" and len(labelled) > 1:  # a claim about people rests on all of them
+            labelled = {"people": [one for source, given in labelled.items() if source != ADJUDICATOR for one in given]}
         for source, verdicts in sorted(labelled.items()):
-            both = [(v.label, judged[v.pair_id]) for v in verdicts if v.pair_id in judged]
-            decisive = [(ours, theirs) for ours, theirs in both if ours in ("a", "b") and theirs in ("a", "b")]
-            agree = sum(ours == theirs for ours, theirs in decisive) / len(decisive) if decisive else None
-            on = "this run's pairs"
             labels = [
                 Labelled(prompt_of[v.pair_id], v.label, judged[v.pair_id], chose_first(v))
                 for v in verdicts
                 if v.pair_id in judged and v.label != "none" and judged[v.pair_id] != "none"
             ]
-            compared = compare(labels, stage.recipe.seed)
+            shared = told(compare(labels, stage.recipe.seed))
             rows.append(
                 {
                     "a": source,
                     "b": source_name(grader.kind) + " (evaluation grader)",
-                    "on": on,
-                    "agree": agree,
-                    "n": len(decisive),
-                    "low": None if compared["agreement"] is None else compared["agreement"]["low"],
-                    "high": None if compared["agreement"] is None else compared["agreement"]["high"],
-                    "balanced": compared["balanced_agreement"],
+                    "on": "this run's pairs",
+                    **shared,
                     "people": item.stage == "human-labels" and stage.recipe.human_labels.source.kind != "simulated",
                 }
             )
-            if agree is not None:
-                console.print(f"  {source} and the evaluation grader agree on {agree:.0%} of {len(decisive)} common pairs")
+            if shared["agree"] is not None:
+                console.print(
+                    f"  {source} and the evaluation grader agree on {shared['agree']:.0%} of {shared['n']} common pairs"
+                )
     return rows
+
+
+def labeller_agreement(stage: StageContext) -> list[dict[str, Any]]:
+    """How the labelling grader agrees with people on the rlhf pairs, as `preferences` found it; none where nobody labelled those.
+
+    labelling: that it is not the evaluation grader, so that it says nothing of a win rate. page: the file to read them in.
+    """
+    found = stage.facts.get("preferences", {}).get("agreement")
+    if not found:
+        return []
+    sources = found["sources"]
+    return [
+        {
+            "a": sources["human"][0] if len(sources["human"]) == 1 else "people",
+            "b": f"{' and '.join(sources['ai'])} (labelling grader)",
+            "on": "this run's rlhf pairs",
+            **told(found),
+            "people": stage.recipe.human_labels.source.kind != "simulated",
+            "labelling": True,
+            "page": found.get("page"),
+        }
+    ]

@@ -398,7 +398,7 @@ def _people_caveat(facts: dict[str, Any]) -> str:
 
     Position-balanced agreement where it is defined, because people favour positions; else the raw one.
     """
-    rows = [row for row in facts.get("agreement") or [] if row.get("people") and row.get("agree") is not None]
+    rows = [row for row in _with_the_judge(facts) if row.get("people")]
     if not rows:
         return "No win rate here is a claim about people: the evaluation grader was not compared with people's labels on model-written pairs."
     row = max(rows, key=lambda known: (known.get("evaluation", False), known["n"]))  # the very comparisons say most
@@ -414,7 +414,7 @@ def _people_caveat(facts: dict[str, Any]) -> str:
 
 
 def _agreement_caveat(facts: dict[str, Any], simulated: bool) -> str:
-    rows = [row for row in facts.get("agreement") or [] if row.get("agree") is not None and not row.get("evaluation")]
+    rows = [row for row in _with_the_judge(facts) if not row.get("evaluation")]
     if not rows:
         return "How often each label source agrees with the evaluation grader was not measured; the arm whose labels resemble the judge wins."
     parts = [
@@ -422,6 +422,11 @@ def _agreement_caveat(facts: dict[str, Any], simulated: bool) -> str:
         for row in rows
     ]
     return f"The arm whose labels resemble the judge is favoured. Agreement on common pairs: {'; '.join(parts)}."
+
+
+def _with_the_judge(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of agreement with the evaluation grader: with the labelling grader people may agree as they like."""
+    return [row for row in facts.get("agreement") or [] if row.get("agree") is not None and not row.get("labelling")]
 
 
 def _on(row: dict[str, Any]) -> str:

@@ -89,8 +89,8 @@ class Grader(Protocol):
 class Served(Protocol):
     """A grader whose judgements may cost money."""
 
-    def estimate(self, items: Sequence[Comparison]) -> None:
-        """Print what judging these would take."""
+    def estimate(self, *groups: Sequence[Comparison]) -> None:
+        """Print what judging these would take. A group is what `grade` gets at once: a ranking asks for all replies of a group together."""
         ...
 
 

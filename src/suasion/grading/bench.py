@@ -48,7 +48,7 @@ def take(grader: Grader, pairs: Sequence[LabelledPair]) -> Taken:
     items = [pair.item for pair in pairs]
     turned, equal = [item.swapped() for item in items], [pair.equal_length() for pair in pairs]
     if isinstance(grader, Served):
-        grader.estimate([*items, *turned, *equal])
+        grader.estimate(items, turned, equal)
     began = time.perf_counter()
     given = grader.grade(items)
     seconds = time.perf_counter() - began

@@ -1,8 +1,8 @@
 """What `suasion grade bench` leaves in its folder, and the table it prints.
 
-bench.json (the numbers of the grader at the top, those of the baselines under "baselines"), predictions.jsonl (one row a pair, ids
-and numbers without texts), reliability.svg and .png, and disagreements.html: the pairs on which grader and labels differ most, to
-be read. That page holds the texts themselves: it belongs to whoever may read the pairs, and into no repository.
+bench.json (the numbers of the grader at the top, those of the baselines under "baselines"), bench.md (the same as tables that a document can
+take), predictions.jsonl (one row a pair, ids and numbers without texts), reliability.svg and .png, and disagreements.html: the pairs on
+which grader and labels differ most, to be read. That page holds the texts themselves: it belongs to whoever may read the pairs, and into no repository.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from suasion.grading.base import Judgement
 from suasion.grading.bench import Taken, calibration_rows, points, reliability_bins
+from suasion.grading.disagreements import disagreements_page
 from suasion.grading.features import word_count
 from suasion.grading.labelled import LabelledPair
 from suasion.records import canonical_json, write_json
 
-SHOWN_DISAGREEMENTS = 40
+AGREEMENT = {
+    "agreement": "raw",
+    "balanced_agreement": "position-balanced",
+    "kappa": "kappa",
+    "gwet_ac1": "AC1",
+    "alpha": "alpha",
+}
 NAMES = {"longer": "longer wins", "first": "first position", "coin": "coin"}
 
 
@@ -35,6 +41,7 @@ def write_bench(folder: Path, result: dict[str, Any], pairs: Sequence[LabelledPa
     if bins:
         reliability(bins, result).write(folder)
     (folder / "disagreements.html").write_text(disagreements_page(pairs, taken.given, result["grader"]), encoding="utf-8")
+    (folder / "bench.md").write_text(bench_page(result, bool(bins)), encoding="utf-8")
     write_json(folder / "bench.json", {**result, "reliability": bins})
 
 
@@ -84,80 +91,99 @@ def reliability(bins: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any:
         return finished(figure, "reliability", title, alt)
 
 
-def disagreements_page(pairs: Sequence[LabelledPair], judged: Sequence[Judgement], name: str) -> str:
-    """The pairs on which grader and label differ, the surest errors first, as one page that needs no network."""
-    from jinja2 import Environment, PackageLoader
-
-    wrong = [
-        (one.p_a if one.p_a is not None else 1.0 if one.label == "a" else 0.0, pair, one)
-        for pair, one in zip(pairs, judged, strict=True)
-        if "none" != one.label != pair.label
-    ]
-    wrong.sort(key=lambda row: (-abs(row[0] - 0.5), row[1].id))
-    environment = Environment(loader=PackageLoader("suasion.grading", "templates"), autoescape=True)
-    return environment.get_template("disagreements.html").render(
-        name=name, wrong=[(pair, one) for _, pair, one in wrong[:SHOWN_DISAGREEMENTS]], count=len(wrong), asked=len(pairs)
-    )
-
-
 def print_bench(result: dict[str, Any], console: Console) -> None:
     """The numbers as a table, one column a grader: the baselines stand beside."""
-    columns = [result, *result["baselines"].values()]
+    header, rows = measures(result)
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for name in (result["grader"], *(NAMES[key] for key in result["baselines"])):
+    for name in header:
         table.add_column(name, justify="right")
-    rows: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    for title, cells in rows:
+        table.add_row(title, *cells)
+    console.print(table)
+    for line in (*facts(result), agreement_line(result["agreement"])):
+        console.print(line, markup=False)
+
+
+def bench_page(result: dict[str, Any], pictured: bool) -> str:
+    """The numbers as Markdown. pictured: whether there is a reliability picture to show."""
+    header, rows = measures(result)
+    lines = [f"# {result['grader']}: {result['n']} labelled pairs", ""]
+    lines += ["```sh", result["command"], "```", ""] if "command" in result else []
+    lines += [f"| | {' | '.join(header)} |", "|---|" + "---:|" * len(header)]
+    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows]
+    lines += [
+        "",
+        *(f"- {line}" for line in facts(result)),
+        "",
+        "| agreement with the labels | value | 95% interval |",
+        "|---|---:|---:|",
+    ]
+    for name, title in AGREEMENT.items():
+        known = result["agreement"][name]
+        cells = ("-", "-") if known is None else (f"{known['value']:.2f}", f"{known['low']:.2f} to {known['high']:.2f}")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", *(["![How often the grader was right, over how sure it was](reliability.svg)", ""] if pictured else [])]
+    lines += ["Where grader and labels differ: disagreements.html. How to read these numbers: docs/grading.md.", ""]
+    return "\n".join(lines)
+
+
+def measures(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """(names of grader and baselines, rows of a title and a cell for each): every measure of the bench."""
+    columns = [result, *result["baselines"].values()]
+    matched = f"matched in length ({result['length_matched_n']} pairs)"
+    titles: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         ("accuracy", lambda row: _share(row["accuracy"])),
-        ("  95% interval", lambda row: _interval(row["low"], row["high"])),
+        ("95% interval", lambda row: _interval(row["low"], row["high"])),
         ("at equal length", lambda row: _share(row["accuracy_equal_length"])),
-        ("  95% interval", lambda row: _interval(row["equal_length_low"], row["equal_length_high"])),
-        ("matched in length", lambda row: _share(row["accuracy_length_matched"])),
+        ("95% interval", lambda row: _interval(row["equal_length_low"], row["equal_length_high"])),
+        (matched, lambda row: _share(row["accuracy_length_matched"])),
+        ("95% interval", lambda row: _interval(row["length_matched_low"], row["length_matched_high"])),
         ("Brier", lambda row: _number(row["brier"])),
         ("ECE", lambda row: _number(row["ece"])),
         ("first position", lambda row: _share(row["first_rate"])),
         ("same when swapped", lambda row: _share(row["swap_consistency"])),
         ("length slope", lambda row: _number(row["length_slope"])),
         ("ties / missing", lambda row: f"{row['ties']} / {row['missing']}"),
+        ("cost, US dollars", lambda row: f"{row['cost']:.4f}" if row["cost"] else "0"),
         ("seconds", lambda row: f"{row['seconds']:.1f}"),
+        ("pairs a second", lambda row: f"{row['n'] / row['seconds']:,.0f}" if row["seconds"] >= 0.1 else "-"),
     )
-    for title, cell in rows:
-        table.add_row(title, *(cell(column) for column in columns))
-    console.print(table)
-    labels = result["labels"]
-    slope = result["length_slope_labels"]
-    console.print(
+    header = [result["grader"], *(NAMES[key] for key in result["baselines"])]
+    return header, [(title, [cell(column) for column in columns]) for title, cell in titles]
+
+
+def facts(result: dict[str, Any]) -> list[str]:
+    """What stands beside the measures, a sentence each."""
+    labels, slope, gain = result["labels"], result["length_slope_labels"], result["over_longer"]
+    found = [
         f"{result['n']} pairs of {result['groups']} groups, {result['scored']} scored; labels: {labels['a']} a, {labels['b']} b, "
-        f"{labels['tie']} ties"
-        + (f"; the labels' own length slope {slope:.2f}" if slope is not None else "")
-        + (f"; {result['length_matched_n']} pairs matched in length" if result["length_matched_n"] else "")
-        + (f"; cost ${result['cost']:.4f}" if result["cost"] else "")
+        f"{labels['tie']} ties" + (f"; the labels' own length slope {slope:.2f}" if slope is not None else "")
+    ]
+    held_out = f"{result['folds']} folds by group" if result["folds"] else "nothing held out of these pairs"
+    inside = result["configurations"]
+    tried = f"chosen from {inside} configurations inside each training" if inside > 1 else "one configuration"
+    found.append(
+        f"{held_out}; {tried}; {result['training_seconds']:.1f} s of training. How many others were looked at on these pairs before, nobody "
+        "has counted but you: say so beside the numbers."
     )
-    gain = result["over_longer"]
     if gain["value"] is not None:
-        console.print(
+        found.append(
             f"over longer wins: {100 * gain['value']:+.1f} points ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}) on the same "
             f"{gain['n']} pairs"
         )
-    console.print(agreement_line(result["agreement"]))
     if result["outcomes"]:
-        console.print("both orders: " + ", ".join(f"{count} {name}" for name, count in result["outcomes"].items()))
+        found.append("both orders: " + ", ".join(f"{count} {name}" for name, count in result["outcomes"].items()))
+    return found
 
 
 def agreement_line(found: dict[str, Any]) -> str:
     """Agreement with whoever gave the labels, ties included, each statistic with its 95% interval; '-' where it is undefined."""
-    titles = {
-        "agreement": "raw",
-        "balanced_agreement": "position-balanced",
-        "kappa": "kappa",
-        "gwet_ac1": "AC1",
-        "alpha": "alpha",
-    }
     told = [
         f"{title} -"
         if (known := found[name]) is None
         else f"{title} {known['value']:.2f} ({known['low']:.2f} to {known['high']:.2f})"
-        for name, title in titles.items()
+        for name, title in AGREEMENT.items()
     ]
     return f"agreement with the labels on {found['n']} pairs, {found['both_decisive']} of them decided by both: {', '.join(told)}"
 

@@ -10,6 +10,7 @@ from suasion.errors import UserError
 from suasion.grading.base import Grader
 from suasion.grading.bench import Taken, agreement, baselines, cross_taken, length_slope, over_longer, summarise, take
 from suasion.grading.build import build_grader
+from suasion.grading.embedding import GRID
 from suasion.grading.labelled import LabelledPair, without
 from suasion.grading.pairs import TrainingPair, load_training_pairs
 from suasion.progress import console
@@ -66,12 +67,19 @@ def run_bench(
         "shared_pairs": shared_pairs,
         "shared_groups": len(shared_groups),
         "length_slope_labels": length_slope(tested, [pair.label for pair in tested]),
+        "configurations": configurations(spec),
         "training_seconds": round(training_seconds, 3),
         **summarise(tested, taken, seed),
         "over_longer": over_longer(tested, taken.given, seed),
         "baselines": baselines(tested, seed),
         "agreement": agreement(tested, taken.given, seed),
     }, taken
+
+
+def configurations(spec: sections.AnyGrader) -> int:
+    """How many settings are compared inside one training, on its training pairs alone: those of every grader in it that tunes itself, else 1."""
+    parts = spec.members if isinstance(spec, sections.PanelGrader) else (spec,)
+    return max(1, sum(len(GRID) for one in parts if isinstance(one, sections.EmbeddingGrader) and one.tune))
 
 
 def teaching(pairs: Sequence[LabelledPair]) -> list[TrainingPair]:

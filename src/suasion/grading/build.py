@@ -60,10 +60,13 @@ def measured_pairs(spec: sections.AnyGrader, training: Training, seed: int) -> l
     return drawn(training(spec.measure), spec.measure_pairs, seed)
 
 
-def announce(grader: Grader, spec: sections.AnyGrader, training: Training, seed: int, items: Sequence[Comparison]) -> None:
-    """Print what a grader that may cost money is going to be asked, before its first request: its measurement and these comparisons."""
+def announce(grader: Grader, spec: sections.AnyGrader, training: Training, seed: int, *groups: Sequence[Comparison]) -> None:
+    """Print what a grader that may cost money is going to be asked, before its first request: its measurement and these comparisons.
+
+    groups: what it will be asked at once, each.
+    """
     if isinstance(grader, Served):
-        grader.estimate([*as_comparisons(measured_pairs(spec, training, seed), seed), *items])
+        grader.estimate(as_comparisons(measured_pairs(spec, training, seed), seed), *groups)
 
 
 def neutralise_length(spec: sections.AnyGrader, grader: Grader, items: Sequence[Comparison]) -> dict[str, float]:
@@ -144,7 +147,7 @@ def _panel(
     for number, member in enumerate(spec.members, start=1):
         grader = build_grader(member, lambda _: pairs, seed, scope, processes)
         measurable = _measurable(member, spec.train)
-        announce(grader, measurable, lambda _: pairs, seed, ())
+        announce(grader, measurable, lambda _: pairs, seed)
         measured = measure(measurable, lambda _: pairs, seed, grader, scope)
         if measured is None:
             raise UserError(f"member {number} of the panel could not be measured, so that it has no weight.")

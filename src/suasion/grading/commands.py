@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -72,9 +73,12 @@ def bench(
         tested = drawn_by_hash(tested, limit, seed)
     result, taken = run_bench(spec, tested, read_pairs(train) if train else None, folds, seed, str(out.resolve()))
     result["name"] = grader.stem
+    result["command"] = command_line(grader, test, out, train, folds, limit, seed)
     write_bench(out, result, tested, taken)
     print_bench(result, console)
-    console.print(f"{out}: bench.json, predictions.jsonl, reliability.svg, disagreements.html", markup=False, soft_wrap=True)
+    console.print(
+        f"{out}: bench.json, bench.md, predictions.jsonl, reliability.svg, disagreements.html", markup=False, soft_wrap=True
+    )
 
 
 @pairs_app.command("cmv")
@@ -114,6 +118,23 @@ def pairs_labels(
     from suasion.grading.importers import read_label_source, write_pairs
 
     _report(out, write_pairs(out, read_label_source(source)))
+
+
+def command_line(grader: Path, test: Path, out: Path, train: Path | None, folds: int, limit: int | None, seed: int) -> str:
+    """The command as somebody else can type it: of absolute paths the last part, and of the options those that are not at rest."""
+    given: tuple[tuple[str, Path | int | None], ...] = (
+        ("--grader", grader),
+        ("--train", train),
+        ("--test", test),
+        ("--folds", folds or None),
+        ("--limit", limit),
+        ("--seed", seed or None),
+        ("--out", out),
+    )
+    shown = ((name, value.name if isinstance(value, Path) and value.is_absolute() else value) for name, value in given)
+    return shlex.join(
+        ["suasion", "grade", "bench", *(part for name, value in shown if value is not None for part in (name, str(value)))]
+    )
 
 
 def _report(out: Path, counts: dict[str, int]) -> None:

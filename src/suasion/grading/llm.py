@@ -93,17 +93,19 @@ class ServedLlmGrader:
             paid.add(item)
         return found
 
-    def estimate(self, items: Sequence[Comparison]) -> None:
+    def estimate(self, *groups: Sequence[Comparison]) -> None:
         """Print what grading these would take, before anything is asked."""
-        asked = list(dict.fromkeys(item for item in items if rule(item) is None))
-        if self.spec.mode == "ranking":
-            questions = [
-                self._ranking(context, order)
-                for context, texts in _contexts(asked).items()
-                for order in self._orders(context, texts)
-            ]
-        else:
-            questions = [self._pair(shown) for item in asked for shown in self._shown(item)]
+        questions: list[Question] = []
+        for items in groups:
+            asked = list(dict.fromkeys(item for item in items if rule(item) is None))
+            if self.spec.mode == "ranking":
+                questions += [
+                    self._ranking(context, order)
+                    for context, texts in _contexts(asked).items()
+                    for order in self._orders(context, texts)
+                ]
+            else:
+                questions += [self._pair(shown) for item in asked for shown in self._shown(item)]
         self.asker.announce([self._body(question, []) for question in questions])
 
     def _by_pair(self, items: Sequence[Comparison]) -> dict[Comparison, Judgement]:

@@ -84,11 +84,11 @@ class PanelGrader:
             "panel", self.tie_margin, *(f"{member.grader.fingerprint} {member.accuracy:.6f}" for member in self.members)
         )
 
-    def estimate(self, items: Sequence[Comparison]) -> None:
+    def estimate(self, *groups: Sequence[Comparison]) -> None:
         """Print what the voting members that may cost money would be asked."""
         for member in self.members:
             if member.weight > 0 and isinstance(member.grader, Served):
-                member.grader.estimate(items)
+                member.grader.estimate(*groups)
 
     def grade(self, items: Sequence[Comparison]) -> list[Judgement]:
         """One judgement a comparison; the members' votes stand in `raw`."""

@@ -92,7 +92,7 @@ class Runner:
         line += f" ({known.cached} more are answered already)" if known.cached else ""
         line += f": about {known.tokens_in:,.0f} tokens in and {known.tokens_out:,.0f} out"
         if known.cost is not None and known.worst is not None:
-            line += f", about ${known.cost:.2f}, at most ${known.worst:.2f}"
+            line += f", about ${known.cost:.2f}, at most ${known.worst:.2f} if none has to be asked again"
         cap = self.spec.max_cost
         if cap is not None:
             spent = self.ledger.spent()

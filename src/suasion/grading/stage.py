@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from suasion.grading.base import Comparison, Judgement, longer, source_name, to_verdict
 from suasion.grading.bench import outcomes
 from suasion.grading.build import announce, build_grader, measure, neutralise_length
-from suasion.grading.canaries import COMPARISONS, canary_comparisons, failing, require_canaries
+from suasion.grading.canaries import COMPARISONS, canary_comparisons, failing, injected, require_canaries, tested
 from suasion.grading.measure import Measurement
 from suasion.grading.pairs import SampledPair, TrainingPair, load_training_pairs, sampled_pairs
 from suasion.grading.panel import members_facts
@@ -45,7 +45,7 @@ def run_stage(stage: StageContext) -> StageResult:
     pairs = sampled_pairs(stage)
     grader = build_grader(spec, training, seed, scope, stage.recipe.processes.count)
     items = [pair.comparison() for pair in pairs]
-    announce(grader, spec, training, seed, [*asked_as_canaries(spec, items), *items])
+    announce(grader, spec, training, seed, *asked_as_canaries(spec, items), items)
     measured = measure(spec, training, seed, grader, scope)
     console.print(measured_line(spec, measured), markup=False, soft_wrap=True)
     slopes = neutralise_length(spec, grader, items)
@@ -65,6 +65,7 @@ def run_stage(stage: StageContext) -> StageResult:
         "cross_validation": measured.as_facts() if measured else None,
         **members_facts(grader),
         "canaries": canary_rates,
+        "canary_pairs": len(tested(items, canary_count(spec))),
         "canaries_failed": failing(canary_rates),
         "outcomes": outcomes(judged),
         "first_shown_rate": first_shown(judged),
@@ -125,9 +126,11 @@ def measured_line(spec: AnyGrader, measured: Measurement | None) -> str:
     )
 
 
-def asked_as_canaries(spec: AnyGrader, items: Sequence[Comparison]) -> list[Comparison]:
-    """Every comparison that the canaries of these pairs ask for."""
-    return [item for group in canary_comparisons(items, canary_count(spec)).values() for item in group]
+def asked_as_canaries(spec: AnyGrader, items: Sequence[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
+    """What the canaries of these pairs ask for at first, and then. Which reply is tampered with is not known before; requests are as long either way."""
+    chosen = tested(items, canary_count(spec))
+    first = [item for group in canary_comparisons(chosen).values() for item in group]
+    return first, [injected(item, row, "b") for row, item in enumerate(chosen)]
 
 
 def canary_count(spec: AnyGrader) -> int:

@@ -18,6 +18,7 @@ from suasion.records import Label
 from suasion.seeding import generator
 
 CATEGORIES: tuple[Label, ...] = ("a", "b", "tie")
+BEYOND_CHANCE = ("kappa", "gwet_ac1", "alpha")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,22 @@ def compare(rows: Sequence[Labelled], seed: int) -> dict[str, Any]:
     for name, (statistic, contributions) in statistics.items():
         result[name] = _estimate(statistic, contributions, prompts, generator(seed, "bootstrap", "agreement"))
     return result
+
+
+def told(found: dict[str, Any]) -> dict[str, Any]:
+    """What `compare` found, as a summary keeps it: agree, low and high of the raw agreement on n pairs that both decided; balanced; and on
+    `labelled` pairs, ties included, what is left of it beyond chance: kappa, gwet_ac1, alpha. What is undefined is None.
+    """
+    raw = found["agreement"] or {"value": None, "low": None, "high": None}
+    return {
+        "agree": raw["value"],
+        "n": found["both_decisive"],
+        "low": raw["low"],
+        "high": raw["high"],
+        "balanced": found["balanced_agreement"],
+        "labelled": found["n"],
+        **{name: found[name] for name in BEYOND_CHANCE},
+    }
 
 
 def coincidences(values: Sequence[Label]) -> np.ndarray:

@@ -15,8 +15,9 @@ from typing import Any
 
 from suasion.errors import UserError
 from suasion.evaluation.summary import ModelVerdict, controls
+from suasion.grading.base import MIRROR
 from suasion.grading.pairs import SampledPair
-from suasion.labeling.agreement import Labelled, between_people, compare
+from suasion.labeling.agreement import Labelled, between_people, compare, told
 from suasion.labeling.events import ADJUDICATOR, HumanLabel, fold, labels_digest, open_tasks, plan_tasks, snapshot, verdict_rows
 from suasion.labeling.stage import chose_first, first_rate
 from suasion.labeling.store import EVALUATION_FILE, Store
@@ -36,7 +37,7 @@ Answers = Mapping[str, Mapping[str, Response]]
 class Heard:
     """What people said of the models. verdicts: one a comparison, of (reference, model). labels: the snapshot they come from.
 
-    chose_first: (prompt, first, second) -> whether the response on the left was chosen, for decisive verdicts. facts: how they were
+    chose_first: (prompt, first, second) -> whether the response on the left was chosen (not for ties), for what people judged. facts: how they were
     asked, for the summary. missing: labels of the plan that are not there yet; then all else is empty.
     """
 
@@ -166,7 +167,7 @@ def hear(run: Path, recipe: Recipe, prompts: Sequence[Prompt], said: Answers) ->
                 prompt_id=place[0], conversation_id=item.prompt.conversation_id, first=place[1], second=place[2], label=label, p_a=None, reason=reason
             )
         )  # fmt: skip
-        if verdict is not None and label in ("a", "b"):
+        if verdict is not None and label != "none":
             sides[place] = chose_first(verdict)
     by_pair: dict[str, dict[str, Label]] = {}
     for one in (one for one in labels if one.label != "none"):
@@ -195,31 +196,19 @@ def hear(run: Path, recipe: Recipe, prompts: Sequence[Prompt], said: Answers) ->
 
 
 def agreement_row(heard: Heard, graded: Sequence[ModelVerdict], grader: str, seed: int) -> dict[str, Any] | None:
-    """How often people and the evaluation grader agree on the comparisons that both decided; None where nobody judged.
+    """How people and the evaluation grader agree on the comparisons that both judged; None where nobody judged.
 
-    The same fields as the agreement of label sources; intervals by prompt.
+    The same fields as the agreement of label sources (`agreement.told`); intervals by prompt.
     """
     by_place = {(row.prompt_id, *sorted((row.first, row.second))): row for row in graded}
     rows = []
     for verdict in heard.verdicts:
         other = by_place.get((verdict.prompt_id, *sorted((verdict.first, verdict.second))))
         first = heard.chose_first.get((verdict.prompt_id, verdict.first, verdict.second))
-        if other is None or first is None or other.label not in ("a", "b"):
+        if other is None or first is None or other.label == "none":
             continue
-        theirs: Label = other.label if other.first == verdict.first else "b" if other.label == "a" else "a"
+        theirs = other.label if other.first == verdict.first else MIRROR[other.label]
         rows.append(Labelled(verdict.prompt_id, verdict.label, theirs, first))
     if not heard.verdicts:
         return None
-    found = compare(rows, seed)
-    agreed = found["agreement"] or {"value": None, "low": None, "high": None}
-    return {
-        "a": "people",
-        "b": f"{grader} (evaluation grader)",
-        "on": ON,
-        "agree": agreed["value"],
-        "n": len(rows),
-        "low": agreed["low"],
-        "high": agreed["high"],
-        "balanced": found["balanced_agreement"],
-        "people": True,
-    }
+    return {"a": "people", "b": f"{grader} (evaluation grader)", "on": ON, **told(compare(rows, seed)), "people": True}

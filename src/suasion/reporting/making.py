@@ -38,7 +38,7 @@ def making(corpus_counts: Any, facts: dict[str, Any], recipe: Recipe, names: dic
         _orders(facts, recipe),
         _preferences(facts, recipe, names),
         _judge(mapping(facts, "grader")),
-        canaries_table(mapping(facts, "labels", "ai", "canaries"), mapping(facts, "grader", "canaries"), recipe),
+        canaries_table(mapping(facts, "labels", "ai"), mapping(facts, "grader"), recipe),
     )
 
 

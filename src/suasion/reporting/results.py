@@ -174,23 +174,38 @@ def power_table(summary: dict[str, Any]) -> Table:
 
 
 def agreement_table(facts: dict[str, Any], simulated: bool) -> Table:
-    """How often label sources agree with the evaluation grader."""
+    """How label sources agree with the evaluation grader, and people with the labelling grader."""
+    known = facts.get("agreement") or []
+    pages = sorted({row["page"] for row in known if row.get("page")})
     return Table(
         "agreement",
         "Agreement of label sources",
-        "On pairs that both sources decided.",
+        "Agree: on pairs that both decided, with 95% intervals by prompt. Balanced: the mean of where the source took the first and where it took the second "
+        "position; a favourite position alone gives 50%. Cohen's kappa, Gwet's AC1 and Krippendorff's alpha are corrected for chance, which is 0, "
+        "and count ties: on all pairs that both labelled. For labels that give one probability for both orders, first position is the pair's own order."
+        + "".join(
+            f" The pairs on which people and the labelling grader differ can be read in {page} of the run." for page in pages
+        ),
         (
             Column("a", "Source"),
             Column("b", "And"),
             Column("on", "On"),
-            Column("agree", "Agree", "percent"),
+            Column("agree", "Agree", "estimate"),
             Column("n", "Pairs", "count"),
+            Column("balanced", "Balanced", "estimate"),
+            Column("kappa", "Kappa", "log"),
+            Column("gwet_ac1", "AC1", "log"),
+            Column("alpha", "Alpha", "log"),
+            Column("labelled", "With ties", "count"),
         ),
-        [
-            {**row, "a": source_name(row["a"], simulated), "b": source_name(row["b"], simulated)}
-            for row in facts.get("agreement") or []
-        ],
+        [_agreed(row, simulated) for row in known],
     )
+
+
+def _agreed(row: dict[str, Any], simulated: bool) -> dict[str, Any]:
+    """A row of facts["agreement"]; of older runs it holds the raw agreement only, perhaps without an interval."""
+    raw = None if row["agree"] is None else {"value": row["agree"], "low": row.get("low"), "high": row.get("high")}
+    return {**row, "agree": raw, "a": source_name(row["a"], simulated), "b": source_name(row["b"], simulated)}
 
 
 def matrix_table(summary: dict[str, Any], labels: dict[str, str]) -> Table:
