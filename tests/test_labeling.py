@@ -407,7 +407,7 @@ def test_alpha_equals_evalica(table):
 
 
 def test_agreement_between_people_by_hand():
-    """Two people, 10 pairs, 8 agreed, labels used evenly: alpha = 1 - 19 * 4 / 200 ... written out below; AC1 as for two raters."""
+    """Two people, 10 pairs, 8 agreed, labels used evenly: alpha = 1 - 19 * 4 / 200 ... written out below; AC1 of two labels, p_e = .5."""
     units = (
         [(f"q{i}", ["a", "a"]) for i in range(4)]
         + [(f"r{i}", ["b", "b"]) for i in range(4)]
@@ -416,7 +416,7 @@ def test_agreement_between_people_by_hand():
     result = agreement.between_people([*units, ("alone", ["a"])], 0)
     assert (result["n"], result["agreement"]["value"]) == (10, 0.8)
     assert result["alpha"]["value"] == pytest.approx(1 - 0.2 / (1 - (10 * 9 + 10 * 9) / (20 * 19)), abs=1e-4)
-    assert result["gwet_ac1"]["value"] == pytest.approx(0.55 / 0.75, abs=1e-4)
+    assert result["gwet_ac1"]["value"] == pytest.approx(0.3 / 0.5, abs=1e-4)
     for name in ("agreement", "alpha", "gwet_ac1"):
         assert result[name]["low"] < result[name]["value"] < result[name]["high"]
     assert agreement.between_people([("q", ["a"])], 0) == {
@@ -436,8 +436,20 @@ def test_two_people_have_one_ac1(rows):
     for left, right in rows:
         table[agreement.CATEGORIES.index(left), agreement.CATEGORIES.index(right)] += 1
     result = agreement.between_people([(str(i), list(row)) for i, row in enumerate(rows)], 0)["gwet_ac1"]
-    expected = float(agreement.gwet_ac1(table))
+    expected = float(agreement.gwet_ac1(table if table[2].any() or table[:, 2].any() else table[:2, :2]))
     assert result is None if math.isnan(expected) else result["value"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_coin_agrees_with_nobody_beyond_chance():
+    """Where nobody says tie there are two labels to draw from; one tie among 400 makes AC1's chance a draw among three."""
+    rows = [Labelled(f"q{i}", "ab"[i % 2], "ab"[i // 2 % 2], i % 2 == 0) for i in range(400)]
+    found = agreement.compare(rows, 0)
+    assert {found[name]["value"] for name in ("balanced_agreement", "agreement")} == {0.5}
+    assert (found["kappa"]["value"], found["gwet_ac1"]["value"]) == (0.0, 0.0)
+    assert agreement.compare([*rows, Labelled("t", "tie", "tie", False)], 0)["gwet_ac1"]["value"] > 0.3
+    told = agreement.told(found)
+    assert (told["agree"], told["n"], told["labelled"]) == (0.5, 400, 400)
+    assert agreement.told(agreement.compare([], 0))["agree"] is None
 
 
 def test_undefined_statistics_are_null():

@@ -102,7 +102,7 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
         table.add_row(title, *cells)
     console.print(table)
     for line in (*facts(result), agreement_line(result["agreement"])):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def bench_page(result: dict[str, Any], pictured: bool) -> str:
@@ -131,13 +131,12 @@ def bench_page(result: dict[str, Any], pictured: bool) -> str:
 def measures(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """(names of grader and baselines, rows of a title and a cell for each): every measure of the bench."""
     columns = [result, *result["baselines"].values()]
-    matched = f"matched in length ({result['length_matched_n']} pairs)"
     titles: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         ("accuracy", lambda row: _share(row["accuracy"])),
         ("95% interval", lambda row: _interval(row["low"], row["high"])),
         ("at equal length", lambda row: _share(row["accuracy_equal_length"])),
         ("95% interval", lambda row: _interval(row["equal_length_low"], row["equal_length_high"])),
-        (matched, lambda row: _share(row["accuracy_length_matched"])),
+        ("matched in length", lambda row: _share(row["accuracy_length_matched"])),
         ("95% interval", lambda row: _interval(row["length_matched_low"], row["length_matched_high"])),
         ("Brier", lambda row: _number(row["brier"])),
         ("ECE", lambda row: _number(row["ece"])),
@@ -158,14 +157,16 @@ def facts(result: dict[str, Any]) -> list[str]:
     labels, slope, gain = result["labels"], result["length_slope_labels"], result["over_longer"]
     found = [
         f"{result['n']} pairs of {result['groups']} groups, {result['scored']} scored; labels: {labels['a']} a, {labels['b']} b, "
-        f"{labels['tie']} ties" + (f"; the labels' own length slope {slope:.2f}" if slope is not None else "")
+        f"{labels['tie']} ties"
+        + (f"; the labels' own length slope {slope:.2f}" if slope is not None else "")
+        + (f"; {result['length_matched_n']} pairs matched in length" if result["length_matched_n"] else "")
     ]
     held_out = f"{result['folds']} folds by group" if result["folds"] else "nothing held out of these pairs"
     inside = result["configurations"]
     tried = f"chosen from {inside} configurations inside each training" if inside > 1 else "one configuration"
     found.append(
-        f"{held_out}; {tried}; {result['training_seconds']:.1f} s of training. How many others were looked at on these pairs before, nobody "
-        "has counted but you: say so beside the numbers."
+        f"{held_out}; {tried}; {result['training_seconds']:.1f} s of training. Settings that were looked at on these pairs before are not "
+        "counted: say how many beside the numbers."
     )
     if gain["value"] is not None:
         found.append(

@@ -2,7 +2,8 @@
 
 Raw agreement flatters: it is high by chance where one label is frequent, or where people favour a position. So it stands beside
 the position-balanced agreement, Cohen's kappa (1960), Krippendorff's alpha and Gwet's AC1 (2008), which is stable where kappa collapses because the
-labels are lopsided. Pure functions; nothing is read or written here.
+labels are lopsided. Chance is to AC1 a draw among all labels: a tie counts as one where
+anybody said it, else a coin among two labels would agree a third of the way beyond chance. Pure functions; nothing is read or written here.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def compare(rows: Sequence[Labelled], seed: int) -> dict[str, Any]:
         "agreement": (raw_agreement, cells),
         "balanced_agreement": (balanced_agreement, sides),
         "kappa": (cohen_kappa, cells),
-        "gwet_ac1": (gwet_ac1, cells),
+        "gwet_ac1": (gwet_ac1, cells if cells[:, 2].any() or cells[:, :, 2].any() else cells[:, :2, :2]),
         "alpha": (krippendorff_alpha, couples),
     }
     result: dict[str, Any] = {
@@ -138,13 +139,13 @@ def krippendorff_alpha(table: np.ndarray) -> np.ndarray:
 
 
 def gwet_ac1_people(totals: np.ndarray) -> np.ndarray:
-    """Gwet's AC1 for several people, from sums over pairs of [agreement, share of each category (3), 1].
+    """Gwet's AC1 for several people, from sums over pairs of [agreement, share of each category, 1].
 
     p_o: mean over pairs of sum_k r_k (r_k - 1) / (r (r - 1)); p_e as in `gwet_ac1` (Gwet 2008, eqs. 10 and 11).
     """
-    observed = _ratio(totals[..., 0], totals[..., 4])
-    share = _ratio(totals[..., 1:4], totals[..., 4:5])
-    expected = (share * (1 - share)).sum(axis=-1) / (len(CATEGORIES) - 1)
+    observed = _ratio(totals[..., 0], totals[..., -1])
+    share = _ratio(totals[..., 1:-1], totals[..., -1:])
+    expected = (share * (1 - share)).sum(axis=-1) / (share.shape[-1] - 1)
     return _ratio(observed - expected, 1.0 - expected)
 
 
@@ -161,7 +162,7 @@ def between_people(units: Sequence[tuple[str, Sequence[Label]]], seed: int) -> d
     shares = np.column_stack(
         [
             _ratio((counts * (counts - 1)).sum(axis=-1), raters * (raters - 1)),
-            _ratio(counts, raters[:, None]),
+            _ratio(counts if counts[:, 2].any() else counts[:, :2], raters[:, None]),
             np.ones(len(shared)),
         ]
     )

@@ -30,7 +30,7 @@ def canaries_table(labelling: dict[str, Any], judging: dict[str, Any], recipe: R
     for role, grader, told, allowed in known:
         told_rates = told.get("canaries")
         found = told_rates if isinstance(told_rates, dict) else {}
-        rates = {name: rate for name in NAMES if _is_number(rate := found.get(name))}
+        rates: dict[str, float] = {name: found[name] for name in NAMES if _is_number(found.get(name))}
         below = [f"{name} ({'allowed by the recipe' if name in allowed else 'not allowed'})" for name in failing(rates)]
         if rates:
             pairs = told.get("canary_pairs")

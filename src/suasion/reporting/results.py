@@ -180,9 +180,10 @@ def agreement_table(facts: dict[str, Any], simulated: bool) -> Table:
     return Table(
         "agreement",
         "Agreement of label sources",
-        "Agree: on pairs that both decided, with 95% intervals by prompt. Balanced: the mean of where the source took the first and where it took the second "
-        "position; a favourite position alone gives 50%. Cohen's kappa, Gwet's AC1 and Krippendorff's alpha are corrected for chance, which is 0, "
-        "and count ties: on all pairs that both labelled. For labels that give one probability for both orders, first position is the pair's own order."
+        "Agree: on pairs that both decided, with 95% intervals by prompt. Balanced: the mean of where the source took the first and where it took "
+        "the second position; a favourite position alone gives 50%. Cohen's kappa, Gwet's AC1 and Krippendorff's alpha are corrected for chance and "
+        "count ties, on all pairs that both labelled; 0 is chance, but AC1's is a draw among all labels that occur: where ties are rare a coin "
+        "reaches .3. For a grader without positions the first one is the pair's own."
         + "".join(
             f" The pairs on which people and the labelling grader differ can be read in {page} of the run." for page in pages
         ),
