@@ -31,6 +31,7 @@ from suasion.reporting.making import judge_sentence, making, recorded
 from suasion.reporting.publish import publish, shares_run, word_runs
 from suasion.reporting.results import agreement_table
 from suasion.reporting.stage import run_stage
+from suasion.reporting.table import coefficient
 from suasion.reporting.terminal import print_summary
 from suasion.rundir import Input, StageContext
 from suasion.sections.grading import LlmGrader, title
@@ -532,8 +533,8 @@ def test_agreement_has_intervals_and_what_is_left_of_it_beyond_chance():
     old = {"a": "ai:embedding", "b": "ai:ngram (evaluation grader)", "on": "this run's pairs", "agree": None, "n": 0}
     table = agreement_table({"agreement": [now, old]}, True)
     assert [[f"{text} {bounds}".strip() for _, text, bounds in table.cells(row)] for row in table.rows] == [
-        ["human (simulated)", "ai:ngram (labelling grader)", "this run's rlhf pairs", "70% 60–80%", "40", "62% 50–74%", "−0.02 −0.30 to 0.25",
-         "0.62 0.50 to 0.74", "–", "44"],
+        ["human (simulated)", "ai:ngram (labelling grader)", "this run's rlhf pairs", "70% 60–80%", "40", "62% 50–74%", "−.02 −.30 to .25",
+         ".62 .50 to .74", "–", "44"],
         ["ai:embedding", "ai:ngram (evaluation grader)", "this run's pairs", "–", "0", "–", "–", "–", "–", "–"],
     ]  # fmt: skip
     assert "can be read in 07-preferences/disagreements.html" in table.note
@@ -543,6 +544,8 @@ def test_agreement_has_intervals_and_what_is_left_of_it_beyond_chance():
         .startswith("human (simulated),ai:ngram (labelling grader),this run's rlhf pairs,0.7,0.6,0.8,40,0.62,")
     )
     assert "can be read in" not in agreement_table({"agreement": [old]}, True).note
+    signs = [coefficient(value) for value in (0.214, -0.031, 1.0, -1.0, -0.001, 0.0, 0.999)]
+    assert signs == [".21", "−.03", "1.00", "−1.00", ".00", ".00", "1.00"]
 
 
 def test_what_a_language_model_said_in_both_orders_stands_beside_the_labels():

@@ -182,22 +182,22 @@ def agreement_table(facts: dict[str, Any], simulated: bool) -> Table:
         "Agreement of label sources",
         "Agree: on pairs that both decided, with 95% intervals by prompt. Balanced: the mean of where the source took the first and where it took "
         "the second position; a favourite position alone gives 50%. Cohen's kappa, Gwet's AC1 and Krippendorff's alpha are corrected for chance and "
-        "count ties, on all pairs that both labelled; 0 is chance, but AC1's is a draw among all labels that occur: where ties are rare a coin "
+        "count ties, on all pairs that both labelled (last column); 0 is chance, but AC1's is a draw among all labels that occur: where ties are rare a coin "
         "reaches .3. For a grader without positions the first one is the pair's own."
         + "".join(
             f" The pairs on which people and the labelling grader differ can be read in {page} of the run." for page in pages
         ),
         (
             Column("a", "Source"),
-            Column("b", "And"),
-            Column("on", "On"),
+            Column("b", "And", "long"),
+            Column("on", "On", "long"),
             Column("agree", "Agree", "estimate"),
             Column("n", "Pairs", "count"),
             Column("balanced", "Balanced", "estimate"),
-            Column("kappa", "Kappa", "log"),
-            Column("gwet_ac1", "AC1", "log"),
-            Column("alpha", "Alpha", "log"),
-            Column("labelled", "With ties", "count"),
+            Column("kappa", "Kappa", "coefficient"),
+            Column("gwet_ac1", "AC1", "coefficient"),
+            Column("alpha", "Alpha", "coefficient"),
+            Column("labelled", "All", "count"),
         ),
         [_agreed(row, simulated) for row in known],
     )

@@ -14,11 +14,12 @@ from typing import Any, Literal
 from suasion.evaluation import wording
 
 Kind = Literal[
-    "text", "count", "percent", "threshold", "of", "estimate", "log", "difference", "number", "number2", "small", "money", "p", "spread", "long",
+    "text", "count", "percent", "threshold", "of", "estimate", "log", "coefficient", "difference", "number", "number2", "small", "money", "p", "spread", "long",
 ]  # fmt: skip
 PARTS = {  # kinds whose values are dictionaries: CSV suffix -> key
     "estimate": {"": "value", "_low": "low", "_high": "high"},
     "log": {"": "value", "_low": "low", "_high": "high"},
+    "coefficient": {"": "value", "_low": "low", "_high": "high"},
     "difference": {"": "value", "_low": "low", "_high": "high"},
     "spread": {"": "p50", "_p05": "p05", "_p95": "p95"},
     "of": {"": "n", "_of": "asked"},
@@ -83,7 +84,7 @@ class Table:
 
 def shown(value: Any, kind: Kind) -> tuple[str, str]:
     """A value as (text, interval text)."""
-    if kind in ("estimate", "log", "difference"):
+    if kind in ("estimate", "log", "coefficient", "difference"):
         if value is None:
             return "–", ""
         if value["value"] is None:
@@ -94,6 +95,10 @@ def shown(value: Any, kind: Kind) -> tuple[str, str]:
             ] is not None else ""
         if kind == "difference":
             return signed(value["value"]), "" if value["low"] is None else f"{signed(value['low'])} to {signed(value['high'])}"
+        if kind == "coefficient":
+            return coefficient(value["value"]), "" if value[
+                "low"
+            ] is None else f"{coefficient(value['low'])} to {coefficient(value['high'])}"
         bounds = "" if value["low"] is None else f"{value['low']:.2f} to {value['high']:.2f}".replace("-", "−")
         return f"{value['value']:.2f}".replace("-", "−"), bounds
     if kind == "of":
@@ -113,6 +118,12 @@ def shown(value: Any, kind: Kind) -> tuple[str, str]:
     if kind in DECIMALS:
         return f"{value:,.{DECIMALS[kind]}f}".replace("-", "−"), ""
     return (f"{value:,}" if isinstance(value, int) else str(value)), ""
+
+
+def coefficient(value: float) -> str:
+    """A number from -1 to 1 in two decimals: '.21', '−.03', '1.00'."""
+    text = f"{value:.2f}".replace("0.", ".", 1)
+    return ".00" if text == "-.00" else text.replace("-", "−")
 
 
 def signed(value: float) -> str:
