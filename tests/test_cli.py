@@ -150,7 +150,7 @@ def test_a_pool_larger_than_the_corpus(recipe_file, tmp_path):
 
 
 def test_a_model_folder_without_a_tokenizer(recipe_file, tmp_path, tiny):
-    from suasion.models import base_folder
+    from suasion.bases import base_folder
 
     model = tmp_path / "model"
     model.mkdir()
@@ -160,7 +160,7 @@ def test_a_model_folder_without_a_tokenizer(recipe_file, tmp_path, tiny):
 
 
 def test_pickled_weights_are_refused(recipe_file, tmp_path, tiny):
-    from suasion.models import base_folder
+    from suasion.bases import base_folder
 
     model = tmp_path / "model"
     model.mkdir()

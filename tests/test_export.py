@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from suasion.bases import base_folder
 from suasion.chat import Renderer
 from suasion.errors import UsageError, UserError
 from suasion.export import write_merged, write_one_adapter
-from suasion.models import Lineage, adapter_hash, base_folder, load_merged, load_policy, load_tokenizer, save_adapter
+from suasion.models import Lineage, adapter_hash, load_merged, load_policy, load_tokenizer, save_adapter
 from suasion.sections.training import LoraSection
 
 PROMPTS = [[5, 9, 300, 41, 7], [800, 3, 3, 12, 99, 140, 8]]

@@ -9,13 +9,13 @@ import torch
 from small_training import CPU, nonzero_adapter, preference_pairs, run_dpo
 
 from suasion import four_bit
+from suasion.bases import base_folder
 from suasion.errors import UsageError, UserError
 from suasion.export import write_merged, write_one_adapter
 from suasion.models import (
     Compute,
     Lineage,
     as_it_samples,
-    base_folder,
     load_base,
     load_merged,
     load_policy,

@@ -9,10 +9,11 @@ import time
 import httpx2
 import pytest
 
+from suasion.bases import BUNDLED, base_folder
 from suasion.chat import Renderer
 from suasion.grading.base import Comparison
 from suasion.grading.build import build_grader
-from suasion.models import BUNDLED, Compute, Lineage, base_folder, load_tokenizer
+from suasion.models import Compute, Lineage, load_tokenizer
 from suasion.records import Prompt, Turn
 from suasion.sampling.respond import Journal, respond
 from suasion.sections.grading import LlmGrader

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from suasion.bases import TINY
 from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.evaluation import likelihood, metrics, strategies, style
 from suasion.evaluation.measuring import read_oracle, similarity
 from suasion.evaluation.statistics import resample_weights
-from suasion.models import TINY, Lineage, compute, load_base, load_tokenizer
+from suasion.models import Lineage, compute, load_base, load_tokenizer
 from suasion.records import OutcomePair, Turn
 from suasion.sampling.respond import Journal
 from suasion.sections.training import ModelSection

@@ -103,7 +103,7 @@ def read_sizes(recipe: Recipe) -> Sizes:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from suasion.models import base_folder
+    from suasion.bases import base_folder
     from suasion.planning import read_corpus
 
     corpus = read_corpus(recipe)

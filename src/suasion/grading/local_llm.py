@@ -99,8 +99,9 @@ class LocalLlmGrader:
         """log p(A), log p(B) of each comparison's prompt by its place; prompts that do not fit are left out."""
         from transformers import AutoConfig
 
+        from suasion.bases import base_folder
         from suasion.chat import Renderer
-        from suasion.models import base_folder, load_tokenizer
+        from suasion.models import load_tokenizer
 
         renderer = Renderer(load_tokenizer(self.section), self.rubric.system)
         letters = [renderer.encode(letter) for letter in VERDICTS]

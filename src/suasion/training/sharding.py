@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from suasion.models import Lineage, base_folder, load_policy, load_to_score
+from suasion.bases import base_folder
+from suasion.models import Lineage, load_policy, load_to_score
 from suasion.sections.training import LoraSection, ModelSection
 from suasion.training.processes import is_sharded, rank
 
