@@ -121,8 +121,9 @@ class Job:
         """packed: as our trainings get it, attention and rounded frozen layers; else the library's default, which TRL gets."""
         import torch
 
-        from suasion.models import Lineage, compute, load_policy, load_tokenizer, round_for_training
+        from suasion.models import Lineage, compute, load_policy, load_tokenizer
         from suasion.sections.training import LoraSection
+        from suasion.training.loop import policy_of
 
         self.section = section_of(model, out)
         if not packed:
@@ -130,9 +131,11 @@ class Job:
         self.hardware = compute(self.section)
         self.lora = LoraSection()
         self.tokenizer = load_tokenizer(self.section)
-        self.policy = load_policy(Lineage(self.section), self.lora, 0, self.hardware.device)
+        start = Lineage(self.section)
         if packed:
-            round_for_training(self.policy, self.hardware)
+            self.policy = policy_of(start, self.lora, 0, self.hardware)
+        else:
+            self.policy = load_policy(start, self.lora, 0, self.hardware.device)
         self.vocabulary = min(len(self.tokenizer), 40000)
         self.folder = Path(tempfile.mkdtemp())
         self.torch = torch

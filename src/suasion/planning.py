@@ -288,7 +288,7 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     from suasion.training.prefix import pack, reply_logits, sum_logprobs
 
     hardware = compute(recipe.model)
-    policy = policy_of(recipe, Lineage(recipe.model), recipe.sft.lora, hardware)
+    policy = policy_of(Lineage(recipe.model), recipe.sft.lora, recipe.seed, hardware)
     tokenizer = load_tokenizer(recipe.model)
     context = min(recipe.corpus.context_tokens, recipe.model.max_length - 96)
     reply = 64

@@ -142,7 +142,7 @@ def run_stage(stage: StageContext) -> StageResult:
     own = arm.reference in ("start", arm.start)
     reference_lineage = start if own else start_lineage(stage, arm.reference)
     # A policy in shards exists only once the Trainer has made them: its start then scores before, on its own.
-    policy = None if is_sharded() else policy_of(recipe, start, arm.lora, hardware)
+    policy = None if is_sharded() else policy_of(start, arm.lora, recipe.seed, hardware)
 
     def logprobs(lineage: Lineage, file: str) -> dict[str, Logprobs]:
         model = policy if policy is not None and lineage == start else scorer_here(lineage, hardware.device)
@@ -151,7 +151,7 @@ def run_stage(stage: StageContext) -> StageResult:
     reference = logprobs(reference_lineage, "reference.jsonl")
     started = reference if own else logprobs(start, "start.jsonl")
     if policy is None:
-        policy = policy_of(recipe, start, arm.lora, hardware)
+        policy = policy_of(start, arm.lora, recipe.seed, hardware)
     fitting = [with_reference(pair, reference[pair.id], started[pair.id], arm) for pair in fitting]
     allowed = partial(logprob_tolerance, dtype=hardware.dtype, sampling=recipe.sample)
     checked = check_stored_logprobs(preferences, started, start.hash, allowed, arm.name)

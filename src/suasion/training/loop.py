@@ -19,7 +19,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, round_for_training
-from suasion.recipe import Recipe
 from suasion.records import canonical_json
 from suasion.rundir import CHECKPOINTS
 from suasion.sections.training import LoraSection, TrainingSection, optimiser_steps
@@ -31,9 +30,9 @@ MARK = "complete"
 KEPT_METRICS = ("loss", "grad_norm", "learning_rate", "epoch")
 
 
-def policy_of(recipe: Recipe, start: Lineage, lora: LoraSection | None, hardware: Compute) -> Any:
+def policy_of(start: Lineage, lora: LoraSection | None, seed: int, hardware: Compute) -> Any:
     """The policy of a training in this process, its frozen layers rounded once where compute is bf16. FSDP2 wants one type a layer: there they are not."""
-    policy = policy_here(start, lora, recipe.seed, hardware.device)
+    policy = policy_here(start, lora, seed, hardware.device)
     return policy if is_sharded() else round_for_training(policy, hardware)
 
 

@@ -95,7 +95,7 @@ def run_stage(stage: StageContext) -> StageResult:
     if not rows:
         raise UserError(f"none of the {len(examples)} SFT examples fits model.max_length {recipe.model.max_length}. Raise it.")
     lineage = Lineage(recipe.model)
-    policy = policy_of(recipe, lineage, section.lora, hardware)
+    policy = policy_of(lineage, section.lora, recipe.seed, hardware)
     args = arguments(
         SFTConfig, section, stage.folder, hardware, len(rows), recipe.seed, "sft",
         max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
