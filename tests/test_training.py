@@ -454,6 +454,34 @@ def test_the_estimated_kl_is_the_mean_drop_of_the_log_probs_per_token(tiny, sft_
     assert metrics[-1]["kl"] == pytest.approx(dropped / (len(pairs[0].chosen) + len(pairs[0].rejected)), abs=1e-5)
 
 
+def test_a_torn_line_of_the_cache_costs_one_pair_and_swallows_no_other(tmp_path, monkeypatch):
+    """kill -9 may cut the file anywhere: whatever is appended behind the cut is found again, and only what was cut is computed again."""
+    from suasion.training import reference
+
+    scored = []
+
+    def score(model, batch, hardware):
+        scored.append(batch[0].id)
+        return torch.tensor([[-1.5, -2.5]]), torch.tensor([[-0.25, -0.5]]), None, None
+
+    monkeypatch.setattr(reference, "score", score)
+    pairs, model, cache = preference_pairs(4), torch.nn.Identity(), tmp_path / "cache.jsonl"
+    reference_logprobs(model, pairs[:2], CPU, tmp_path / "out.jsonl", cache)
+    whole = cache.read_bytes()
+    begin = whole.index(b"\n") + 1
+    for end in range(begin, len(whole) + 1):
+        cache.write_bytes(whole[:end])
+        scored.clear()
+        values = reference_logprobs(model, pairs[2:3], CPU, tmp_path / "out.jsonl", cache)
+        values |= reference_logprobs(model, pairs, CPU, tmp_path / "out.jsonl", cache)
+        whole_again = end >= len(whole) - 1  # only the line's end may be missing
+        assert scored == ["p2", *(() if whole_again else ("p1",)), "p3"], whole[begin:end]
+        assert len(values) == 4
+        scored.clear()
+        assert reference_logprobs(model, pairs, CPU, tmp_path / "out.jsonl", cache) == values
+        assert scored == []
+
+
 def test_cached_reference_logprobs_are_those_that_would_be_computed(tiny, sft_adapter, tmp_path, monkeypatch):
     """Keyed by weights and ids: a subset is found, a changed id is not, and a torn line is computed again."""
     lineage = Lineage(tiny, (sft_adapter,))

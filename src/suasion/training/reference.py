@@ -64,8 +64,7 @@ def reference_logprobs(
                     sums, heads, _, _ = score(model, [pair], hardware)
                 known[key] = Logprobs(*sums[0].tolist(), *heads[0].tolist())
                 if cache:
-                    with cache.open("a", encoding="utf-8") as handle:  # one write a row: processes may share the file
-                        handle.write(canonical_json({"key": key, **dataclasses.asdict(known[key])}) + "\n")
+                    _append(cache, {"key": key, **dataclasses.asdict(known[key])})
                 advance(1)
             values[pair.id] = known[key]
         if spare is not None:
@@ -104,6 +103,14 @@ def _write(path: Path, pairs: Sequence[PairIds], values: dict[str, Logprobs]) ->
     lines = [canonical_json({"id": pair.id, **dataclasses.asdict(values[pair.id])}) + "\n" for pair in pairs]
     temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
+
+
+def _append(cache: Path, row: dict[str, Any]) -> None:
+    """Add a row in one write, since processes may share the file; behind a line that a kill tore it begins a line of its own."""
+    with cache.open("ab+") as handle:
+        handle.seek(max(handle.seek(0, os.SEEK_END) - 1, 0))
+        torn = handle.read(1) not in (b"", b"\n")
+        handle.write((b"\n" if torn else b"") + f"{canonical_json(row)}\n".encode())
 
 
 def _read_cache(path: Path | None) -> dict[str, Logprobs]:
