@@ -246,6 +246,28 @@ def test_another_base_another_template_and_changed_files_are_refused(tiny, train
         RewardModel.load(folder, tiny)
 
 
+def test_where_memory_does_not_suffice_only_what_helps_is_advised(tiny, tmp_path, monkeypatch):
+    """The training lies in the cache under a name without micro_batch_tokens: a smaller number loses nothing. For a single row it is no help."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RewardNet, "forward", full)
+    with pytest.raises(UserError) as several:
+        train_reward(outcome_pairs(8), tiny, SETTINGS, tmp_path / "several", seed=1)
+    assert "the grader's training.micro_batch_tokens (now 512) and run again: it goes on from the last checkpoint" in str(
+        several.value
+    )
+    assert "the grader's model.max_length" in str(several.value)
+    assert "--redo" not in str(several.value)
+    single = SETTINGS.model_copy(update={"micro_batch_tokens": 1, "recompute_activations": True})
+    with pytest.raises(UserError) as alone:
+        train_reward(outcome_pairs(8), tiny, single, tmp_path / "alone", seed=1)
+    assert "in a micro-batch of 1 rows" in str(alone.value)
+    assert "micro_batch_tokens" not in str(alone.value)
+    assert "recompute_activations" not in str(alone.value)
+
+
 def test_replies_that_cannot_be_scored_are_refused(tiny, trained):
     model = RewardModel.load(trained[0], tiny)
     turns = (Turn(role="user", text="Cats."),)

@@ -44,7 +44,7 @@ from suasion.training.attention import set_attention
 from suasion.training.loop import arguments, on_first_gpu, train
 from suasion.training.prefix import Packed, pack
 from suasion.training.processes import rank
-from suasion.training.steps import WholeSteps
+from suasion.training.steps import GOES_ON, WholeSteps
 
 FORMAT = "reward/1"
 FIRST_LOSS_TOLERANCE = 1e-6  # zero times anything finite is zero: only the logarithm rounds, in every compute type
@@ -123,6 +123,10 @@ class RewardNet(torch.nn.Module):
 
 class RewardTrainer(WholeSteps, Trainer):  # type: ignore[misc]
     """transformers' Trainer with the Bradley-Terry loss, averaged over the pairs of the whole optimiser step."""
+
+    SETTINGS = "the grader's training."
+    SMALLER_PASSES = GOES_ON  # such a training lies in the cache, under a name that does not depend on them (grading/reward.py)
+    SHORTER_ROWS = "lower the grader's model.max_length (longer pairs are then left out): its training then begins anew"
 
     def __init__(self, *args: Any, section: RewardSection, hardware: Compute, **kwargs: Any):
         super().__init__(*args, **kwargs)

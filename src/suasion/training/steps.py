@@ -24,6 +24,7 @@ from suasion.seeding import derive_seed
 from suasion.training.processes import summed
 
 OWN, SPEED = "step/", "speed/"  # prefixes of logged values: of the step itself, and of the clock
+GOES_ON = "it goes on from the last checkpoint, with the same results"
 
 
 def token_budget(section: TrainingSection, hardware: Compute) -> int:
@@ -91,6 +92,10 @@ class WholeSteps:
 
     section: TrainingSection
     hardware: Compute
+    # Of what is said where memory does not suffice: where the settings stand, and what changed ones mean for what is trained already.
+    SETTINGS = ""
+    SMALLER_PASSES = "the stage then begins anew"
+    SHORTER_ROWS = "lower model.max_length (long rows are then left out), which all trainings read: --redo sft"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -170,19 +175,23 @@ class WholeSteps:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, torch.zeros(())) + share * value.detach().cpu()
 
-    def _less_memory(self) -> str:
-        """The settings that need less, and what a changed one means for what is trained already."""
-        anew = (
-            f"lower micro_batch_tokens (now {token_budget(self.section, self.hardware)}): the stage then begins anew; or model.max_length (long rows "
-            "are then left out), which all trainings read: --redo sft."
+    def _less_memory(self, alone: bool) -> str:
+        """The settings that need less, and what a changed one means for what is trained already. alone: what did not fit is one row."""
+        ways = (
+            []
+            if self.section.recompute_activations
+            else [f"set {self.SETTINGS}recompute_activations to true and run again: {GOES_ON}"]
         )
-        if self.section.recompute_activations:
-            return anew[0].upper() + anew[1:]
-        return f"Set recompute_activations to true and run again: it goes on from the last checkpoint, with the same results. Or {anew}"
+        if not alone:
+            ways.append(
+                f"lower {self.SETTINGS}micro_batch_tokens (now {token_budget(self.section, self.hardware)}) and run again: {self.SMALLER_PASSES}"
+            )
+        told = "; or ".join([*ways, self.SHORTER_ROWS])
+        return told[0].upper() + told[1:] + "."
 
     def _what_did_not_fit(self, rows: list[Any]) -> str:
         tokens = [self.row_tokens(row) for row in rows]
         return (
             f"in a micro-batch of {len(rows)} rows and {sum(tokens)} tokens, the longest row {self.row_id(rows[tokens.index(max(tokens))])} with "
-            f"{max(tokens)}. {self._less_memory()}"
+            f"{max(tokens)}. {self._less_memory(len(rows) == 1)}"
         )
