@@ -12,19 +12,19 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from suasion.errors import UserError
 from suasion.near_duplicates import Sketches, words
+from suasion.progress import progress, tracked
 from suasion.records import Example, OutcomePair, content_id
 from suasion.seeding import derive_seed
 
 Key = tuple[str, str]  # corpus and conversation id
-Linked = TypeVar("Linked", Example, OutcomePair)
 
 PASTED = 12  # words from which two equal replies are one text, pasted twice
 
@@ -100,15 +100,15 @@ def link(examples: Sequence[Example], pairs: Sequence[OutcomePair], near_duplica
     which two conversations are linked. Raises UserError for different rows with one id.
     """
     entries: dict[Key, tuple[list[Entry], list[Entry]]] = defaultdict(lambda: ([], []))
-    for entry in _entries(examples):
-        entries[entry.corpus, entry.conversation_id][0].append(entry)
-    for entry in _entries(pairs):
-        entries[entry.corpus, entry.conversation_id][1].append(entry)
+    with progress("reading examples and pairs", len(examples) + len(pairs)) as advance:
+        for kind, rows in enumerate((examples, pairs)):
+            for entry in _entries(rows, advance):
+                entries[entry.corpus, entry.conversation_id][kind].append(entry)
     keys = sorted(entries)
     groups = _Groups(len(keys))
     conversations = []
     with Sketches(near_duplicate) as sketches:
-        for number, key in enumerate(keys):
+        for number, key in enumerate(tracked(keys, "marks and sketches of texts", "conversations")):
             said, offered = (sorted(each, key=lambda entry: entry.id) for each in entries.pop(key))
             whole = [examples[entry.place] for entry in said]
             compared = [pairs[entry.place] for entry in offered]
@@ -165,10 +165,11 @@ class _Groups:
             self.unite(marked[order[place]], marked[order[place + 1]])
 
 
-def _entries(rows: Sequence[Linked]) -> Iterator[Entry]:
-    """An entry for each different row, at its first place."""
+def _entries(rows: Sequence[Example] | Sequence[OutcomePair], advance: Callable[[int], None]) -> Iterator[Entry]:
+    """An entry for each different row, at its first place. advance: is told of every row."""
     seen: dict[str, int] = {}
     for place, row in enumerate(rows):
+        advance(1)
         first = seen.setdefault(row.id, place)
         if first == place:
             yield _entry(row, place)

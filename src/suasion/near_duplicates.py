@@ -18,6 +18,8 @@ from itertools import combinations
 
 import numpy as np
 
+from suasion.progress import tracked
+
 SHINGLE = 5  # words
 LEAST_SHINGLES = 20  # shorter texts ("Hello, how are you?") are alike by chance
 PERMUTATIONS = 128  # standard error of an estimated similarity of .5: .044
@@ -69,7 +71,7 @@ class Sketches:
                 if self._owners[one] != self._owners[other]:
                     yield self._owners[one], self._owners[other]
         tried: set[tuple[int, int]] = set()
-        for band in self._bands:
+        for band in tracked(self._bands, "near-duplicates", "bands"):
             for one, other in self._candidates(band, repeated):
                 owners = self._owners[one], self._owners[other]
                 if owners[0] == owners[1] or (one, other) in tried or together(*owners):

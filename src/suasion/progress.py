@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +26,9 @@ from rich.text import Text
 console = Console(highlight=False)
 LOG_EVERY_SECONDS = 20.0
 QUIET_SECONDS = 3.0  # what is done sooner needs no line in a log
+SHOWN_SECONDS = 0.1  # a bar is not told more often: telling it takes 10 us, which is more than some rows take
+
+Item = TypeVar("Item")
 
 
 class _Rate(ProgressColumn):
@@ -53,7 +58,19 @@ def progress(description: str, total: int | None, unit: str = "rows", done: int 
         )
         with Progress(*columns, console=console, transient=False) as bar:
             task = bar.add_task(description, total=total, completed=done)
-            yield lambda count: bar.update(task, advance=count)
+            untold, told = 0, time.monotonic()
+
+            def tell(count: int) -> None:
+                nonlocal untold, told
+                untold += count
+                if (now := time.monotonic()) - told >= SHOWN_SECONDS:
+                    bar.update(task, advance=untold)
+                    untold, told = 0, now
+
+            try:
+                yield tell
+            finally:
+                bar.update(task, advance=untold)
         return
     state = {"done": done, "last": time.monotonic()}
     start = time.monotonic()
@@ -75,6 +92,21 @@ def progress(description: str, total: int | None, unit: str = "rows", done: int 
                 )
 
     yield advance
+
+
+def watched(items: Iterable[tuple[Item, int]], description: str, total: Callable[[], int], unit: str) -> Iterator[Item]:
+    """The items, under a bar. Each comes with its share of the total, which is asked for once the first one is there."""
+    rest = iter(items)
+    for first in rest:
+        with progress(description, total(), unit) as advance:
+            for item, share in chain((first,), rest):
+                yield item
+                advance(share)
+
+
+def tracked(items: Collection[Item], description: str, unit: str = "rows") -> Iterator[Item]:
+    """The items, under a bar that moves when the next one is asked for."""
+    return watched(((item, 1) for item in items), description, lambda: len(items), unit)
 
 
 def duration(seconds: float) -> str:

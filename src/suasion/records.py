@@ -176,6 +176,7 @@ class Preference(Row):
 
 
 _DECODER = json.JSONDecoder()
+HEARD_LINES = 4096  # after so many lines a reader says how far it is
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _NO_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such bytes
 
@@ -208,15 +209,19 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSONL file.
+def read_json_lines(path: Path, heard: Callable[[int], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of a JSONL file. heard: is told now and then, and at the end, how many more bytes were read.
 
     Raises UserError that names file and line where a line is not UTF-8, not JSON, or not an object.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist. Check the path, or make the file with the stage that writes it.")
+    told = 0
     with path.open("rb", buffering=2**18) as handle:
         for number, raw in enumerate(handle, start=1):
+            if heard and not number % HEARD_LINES:
+                heard(handle.tell() - told)
+                told = handle.tell()
             if not raw.strip():
                 continue
             try:
@@ -228,6 +233,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(value, dict):
                 raise UserError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}.")
             yield number, value
+        if heard:
+            heard(handle.tell() - told)
 
 
 def _line_value(raw: bytes) -> Any:

@@ -18,6 +18,19 @@ Packed = tuple[str, bytes]  # a conversation's key, and something of it as bytes
 _LENGTHS = struct.Struct("<QQ")
 
 
+class Weight:
+    """Bytes of the rows that were dealt out so far: of all rows, once the first part of them can be read."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def of(self, rows: Iterator[Packed]) -> Iterator[Packed]:
+        """The same rows, weighed."""
+        for identity, packed in rows:
+            self.bytes += len(packed)
+            yield identity, packed
+
+
 def buckets_for(size: int, bucket_bytes: int = BUCKET_BYTES) -> int:
     """How many parts a corpus of so many bytes is read in."""
     return min(1 + size // bucket_bytes, MOST_BUCKETS)

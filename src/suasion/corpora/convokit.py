@@ -16,14 +16,15 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from suasion.corpora.buckets import BUCKET_BYTES, Packed, buckets_for, dealt
+from suasion.corpora.buckets import BUCKET_BYTES, Packed, Weight, buckets_for, dealt
 from suasion.errors import UserError
+from suasion.progress import progress, watched
 from suasion.records import read_json_lines, read_json_members
 
 FILES = ("utterances.jsonl", "conversations.json", "index.json", "speakers.json", "users.json")
@@ -100,14 +101,10 @@ def conversations(folder: Path, tally: Tally, bucket_bytes: int = BUCKET_BYTES) 
     count = buckets_for((folder / "utterances.jsonl").stat().st_size, bucket_bytes)
     with tempfile.TemporaryDirectory(prefix="suasion-corpus-") as temporary:
         dealt_metas = dealt(_metas(folder), Path(temporary) / "metas", count)
-        dealt_runs = dealt(_runs(folder, tally), Path(temporary) / "utterances", count)
-        for metas, bucket in zip(map(dict, dealt_metas), map(_grouped, dealt_runs), strict=True):
-            tally.read["conversations"] += len(bucket)
-            tally.read["conversations without metadata"] += len(bucket.keys() - metas.keys())
-            tally.dropped["conversation without utterances"] += len(metas.keys() - bucket.keys())
-            for identity in sorted(bucket):
-                meta = marshal.loads(metas[identity]) if identity in metas else {}
-                yield Conversation(identity, meta, _unpacked(bucket.pop(identity), tally))
+        weight = Weight()
+        dealt_runs = dealt(weight.of(_runs(folder, tally)), Path(temporary) / "utterances", count)
+        whole = _whole(map(dict, dealt_metas), map(_grouped, dealt_runs), tally)
+        yield from watched(whole, f"going through {folder.name}", lambda: weight.bytes, "bytes")
 
 
 def read_outline(folder: Path, tally: Tally) -> None:
@@ -119,10 +116,13 @@ def read_outline(folder: Path, tally: Tally) -> None:
     tally.read["speakers"] = _count_speakers(folder)
 
 
-def read_utterances(folder: Path, tally: Tally) -> Iterator[Utterance]:
-    """Yield the utterances of a corpus in file order, one at a time. Raises UserError with file and line for a broken line."""
+def read_utterances(folder: Path, tally: Tally, heard: Callable[[int], None] | None = None) -> Iterator[Utterance]:
+    """Yield the utterances of a corpus in file order, one at a time. Raises UserError with file and line for a broken line.
+
+    heard: as in `read_json_lines`.
+    """
     read, dropped = tally.read, tally.dropped
-    for line, row in read_json_lines(folder / "utterances.jsonl"):
+    for line, row in read_json_lines(folder / "utterances.jsonl", heard):
         read["utterances"] += 1
         identity = _name(row.get("id"))
         if not identity:
@@ -221,9 +221,11 @@ def _count_speakers(folder: Path) -> int:
 
 def _runs(folder: Path, tally: Tally) -> Iterator[Packed]:
     """Utterances that stand together in the file and belong together, packed together."""
-    for identity, run in itertools.groupby(read_utterances(folder, tally), attrgetter("conversation_id")):
-        utterances = list(map(tuple, run))
-        yield identity, _packed(utterances, f"{folder / 'utterances.jsonl'}, line {utterances[0][-1]} and on")
+    path = folder / "utterances.jsonl"
+    with progress(f"reading {folder.name}", path.stat().st_size, "bytes") as heard:
+        for identity, run in itertools.groupby(read_utterances(folder, tally, heard), attrgetter("conversation_id")):
+            utterances = list(map(tuple, run))
+            yield identity, _packed(utterances, f"{path}, line {utterances[0][-1]} and on")
 
 
 def _packed(value: Any, where: str) -> bytes:
@@ -231,6 +233,20 @@ def _packed(value: Any, where: str) -> bytes:
         return marshal.dumps(value)
     except ValueError as error:  # from Python 3.12 on JSON may be nested more deeply than marshal can write
         raise UserError(f"{where}: {error}. Take the nested metadata out, then run again.") from error
+
+
+def _whole(
+    metas_of_buckets: Iterator[dict[str, bytes]], buckets: Iterator[dict[str, list[bytes]]], tally: Tally
+) -> Iterator[tuple[Conversation, int]]:
+    """Every conversation, and its bytes in the bucket."""
+    for metas, bucket in zip(metas_of_buckets, buckets, strict=True):
+        tally.read["conversations"] += len(bucket)
+        tally.read["conversations without metadata"] += len(bucket.keys() - metas.keys())
+        tally.dropped["conversation without utterances"] += len(metas.keys() - bucket.keys())
+        for identity in sorted(bucket):
+            meta = marshal.loads(metas[identity]) if identity in metas else {}
+            runs = bucket.pop(identity)
+            yield Conversation(identity, meta, _unpacked(runs, tally)), sum(map(len, runs))
 
 
 def _grouped(runs: Iterator[Packed]) -> dict[str, list[bytes]]:

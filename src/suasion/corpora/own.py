@@ -16,7 +16,7 @@ import math
 import tempfile
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +25,10 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from suasion.corpora.buckets import BUCKET_BYTES, Packed, buckets_for, dealt
+from suasion.corpora.buckets import BUCKET_BYTES, Packed, Weight, buckets_for, dealt
 from suasion.corpora.convokit import Tally, tidy
 from suasion.errors import UserError
+from suasion.progress import progress, watched
 from suasion.records import Example, OutcomePair, Row, Turn, example_id, outcome_pair_id, read_json_lines
 
 EXAMPLES, PAIRS = "examples.jsonl", "outcome_pairs.jsonl"
@@ -56,10 +57,13 @@ def files(path: Path) -> list[Path]:
     return [path / EXAMPLES, pairs] if pairs.is_file() else [path / EXAMPLES]
 
 
-def rows(path: Path, corpus: str) -> Iterator[tuple[str, OwnRow]]:
-    """Yield ("file, line", row) of every row at a path, with nothing dropped. Raises UserError with file, line and field."""
+def rows(path: Path, corpus: str, heard: Callable[[int], None] | None = None) -> Iterator[tuple[str, OwnRow]]:
+    """Yield ("file, line", row) of every row at a path, with nothing dropped. Raises UserError with file, line and field.
+
+    heard: as in `read_json_lines`.
+    """
     for file, kind in zip(files(path), KINDS, strict=False):
-        for number, value in read_json_lines(file):
+        for number, value in read_json_lines(file, heard):
             where = f"{file}, line {number}"
             try:
                 tidied = _tidied(value)
@@ -77,10 +81,12 @@ def extract(
     occurs twice is one row. Raises UserError, before anything is yielded, for rows that share an id and differ: they contradict each
     other.
     """
-    count = buckets_for(sum(file.stat().st_size for file in files(path)), bucket_bytes)
-    identities = _Identities()
-    with tempfile.TemporaryDirectory(prefix="suasion-corpus-") as temporary:
-        for number, part in enumerate(dealt(_packed(path, tally, corpus, identities), Path(temporary) / "rows", count)):
+    size = sum(file.stat().st_size for file in files(path))
+    count = buckets_for(size, bucket_bytes)
+    identities, weight = _Identities(), Weight()
+
+    def conversations(parts: Iterator[Iterator[Packed]]) -> Iterator[tuple[tuple[list[Example], list[OutcomePair]], int]]:
+        for number, part in enumerate(parts):
             bucket: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
             for key, packed in part:
                 bucket[tuple(key.split(_BETWEEN, 1))].append(packed)
@@ -88,17 +94,24 @@ def extract(
                 _refuse_contradictions(path, corpus, identities)
             tally.read["conversations"] += len(bucket)
             for conversation in sorted(bucket):
-                yield _sifted(map(_ROW.validate_json, bucket.pop(conversation)), tally)
+                theirs = bucket.pop(conversation)
+                yield _sifted(map(_ROW.validate_json, theirs), tally), sum(map(len, theirs))
+
+    with tempfile.TemporaryDirectory(prefix="suasion-corpus-") as temporary:
+        packed = weight.of(_packed(path, tally, corpus, identities, size))
+        whole = conversations(dealt(packed, Path(temporary) / "rows", count))
+        yield from watched(whole, f"going through {path.name}", lambda: weight.bytes, "bytes")
 
 
-def _packed(path: Path, tally: Tally, corpus: str, identities: _Identities) -> Iterator[Packed]:
-    """Every row as JSON, by its corpus and conversation."""
-    for _, row in rows(path, corpus):
-        tally.read["rows"] += 1
-        tally.read[READ[_what(row)]] += 1
-        packed = row.model_dump_json().encode()
-        identities.add(row, packed)
-        yield f"{row.corpus}{_BETWEEN}{row.conversation_id}", packed
+def _packed(path: Path, tally: Tally, corpus: str, identities: _Identities, size: int) -> Iterator[Packed]:
+    """Every row as JSON, by its corpus and conversation. size: bytes of the files."""
+    with progress(f"reading {path.name}", size, "bytes") as heard:
+        for _, row in rows(path, corpus, heard):
+            tally.read["rows"] += 1
+            tally.read[READ[_what(row)]] += 1
+            packed = row.model_dump_json().encode()
+            identities.add(row, packed)
+            yield f"{row.corpus}{_BETWEEN}{row.conversation_id}", packed
 
 
 def _sifted(rows: Iterable[OwnRow], tally: Tally) -> tuple[list[Example], list[OutcomePair]]:
