@@ -303,6 +303,10 @@ def test_invented_data_are_said_to_be_invented(full):
     assert "The data are this project's miniatures: invented dialogues" in caveats({"kind": "cmv"}, {"kind": "p4g"})
     mixed = caveats({"kind": "cmv", "path": "/data/winning-args-corpus"}, {"kind": "p4g"})
     assert "The data of p4g are this project's miniatures" in mixed
+    real, bundled = ({"kind": "cmv", "path": "/data/winning-args-corpus"}, {"kind": "p4g"})
+    for sources, beside in (((real, bundled), "the real human reply"), ((bundled,), "the invented reply that the corpus holds")):
+        said = " ".join(wording.headline(full, variant(corpus={"sources": list(sources)})))
+        assert f"Beside {beside}, the grader prefers" in said
 
 
 def test_a_grader_that_labelled_and_judges_is_said():

@@ -119,7 +119,7 @@ def summarise(
         "power": power,
         "facts": facts,
     }
-    summary["headline"] = wording.headline(summary)
+    summary["headline"] = wording.headline(summary, recipe)
     summary["caveats"] = wording.caveats(summary, recipe, controls(recipe))
     rounded: dict[str, Any] = _rounded(summary)
     return with_people(rounded, recipe, prompts, verdicts, people, asked or {}, agreement) if people else rounded
@@ -147,7 +147,7 @@ def with_people(
         facts["agreement"] = [*others, *([{**agreement, "evaluation": True}] if agreement else [])]
     board = Scoreboard(recipe, prompts, [model["name"] for model in summary["models"]], verdicts)
     changed = _rounded({**summary, "facts": facts, "people": _people(board, people, asked)})
-    changed["headline"] = wording.headline(changed)
+    changed["headline"] = wording.headline(changed, recipe)
     changed["caveats"] = wording.caveats(changed, recipe, controls(recipe))
     return dict(changed)
 

@@ -56,7 +56,7 @@ def imported_texts(recipe: Recipe) -> bool:
     return isinstance(source, ImportedLabels) and source.layout == "preferences"
 
 
-def headline(summary: dict[str, Any]) -> list[str]:
+def headline(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     """Which feedback helped, by how much, how sure: a few sentences, the most important first."""
     n = summary["n"]["prompts"]
     sentences = [size_warning(summary)] if n < PROVES_NOTHING_BELOW else []
@@ -67,7 +67,7 @@ def headline(summary: dict[str, Any]) -> list[str]:
     sentences.extend(in_peoples_eyes(summary["people"], labels))
     planned = [c for c in summary["comparisons"] if c["family"] == "primary" and c["second"] != "base"]
     sentences.extend(_source_of_feedback(comparison, labels) for comparison in planned)
-    sentences.extend(_against_people(summary, labels))
+    sentences.extend(_against_people(summary, labels, yardstick(recipe)))
     sentences.extend(_price(summary, labels))
     if n >= PROVES_NOTHING_BELOW:
         sentences.append(_sensitivity(summary))
@@ -240,14 +240,14 @@ def _source_of_feedback(comparison: dict[str, Any], labels: dict[str, str]) -> s
     return f"On the same pairs {better} labels taught more: {numbers}."
 
 
-def _against_people(summary: dict[str, Any], labels: dict[str, str]) -> list[str]:
+def _against_people(summary: dict[str, Any], labels: dict[str, str], beside: str) -> list[str]:
     scored = [model for model in summary["models"] if model["win_vs_human"]["value"] is not None]
     if not scored:
         return []
     best = max(scored, key=lambda model: model["win_vs_human"]["value"])
     rate = best["win_vs_human"]
     return [
-        f"Beside the real human reply, the grader prefers the highest-scoring model, {best['label']}, on {percent(rate['value'])} of prompts "
+        f"Beside {beside}, the grader prefers the highest-scoring model, {best['label']}, on {percent(rate['value'])} of prompts "
         f"({interval(rate['low'], rate['high'])})."
     ]
 
@@ -312,6 +312,15 @@ def _arm_caveats(facts: dict[str, Any], labels: dict[str, str]) -> list[str]:
 def invented(recipe: Recipe) -> list[str]:
     """The corpora of a run that are this project's own miniatures: dialogues that nobody held."""
     return [source.kind for source in recipe.corpus.sources if source.path == "bundled"]
+
+
+def yardstick(recipe: Recipe) -> str:
+    """What stands beside the models: a reply that somebody gave, or one that was written with a miniature corpus."""
+    return (
+        "the invented reply that the corpus holds"
+        if len(invented(recipe)) == len(recipe.corpus.sources)
+        else "the real human reply"
+    )
 
 
 def _invented_caveat(recipe: Recipe) -> list[str]:

@@ -105,7 +105,7 @@ def model_card(page: dict[str, Any], recipe: Recipe, model: dict[str, Any]) -> s
         "",
         "## Results",
         "",
-        *_results(summary, model),
+        *_results(summary, model, wording.yardstick(recipe)),
         "",
         "## Limits",
         "",
@@ -207,8 +207,12 @@ def _dataset_sections(summary: dict[str, Any], recipe: Recipe, limit: str) -> li
     ]
 
 
-def _results(summary: dict[str, Any], model: dict[str, Any]) -> list[str]:
-    rows = [("untrained base", model["win_vs_base"]), ("sft", model["win_vs_sft"]), ("real human reply", model["win_vs_human"])]
+def _results(summary: dict[str, Any], model: dict[str, Any], beside: str) -> list[str]:
+    rows = [
+        ("untrained base", model["win_vs_base"]),
+        ("sft", model["win_vs_sft"]),
+        (beside.removeprefix("the "), model["win_vs_human"]),
+    ]
     lines = ["| against | win rate | 95% interval | prompts |".replace("95", f"{100 * summary['confidence']:.0f}"), "| --- | ---: | ---: | ---: |"]  # fmt: skip
     lines += [
         f"| {other} | {wording.percent(e['value'])} | {wording.interval(e['low'], e['high'])} | {e['n']} |"

@@ -85,7 +85,7 @@ def build_page(
         "tables": tables,
         "recorded": [name for name in RECORDED if tables[name].rows],
         "question": _question(recipe, simulated),
-        "invented": len(wording.invented(recipe)) == len(recipe.corpus.sources),
+        "yardstick": wording.yardstick(recipe),
         "diamonds": bool(equal_length(summary)),
         "method": _method(summary, recipe, simulated),
         "judge": judge_sentence(facts),
@@ -168,7 +168,7 @@ def _question(recipe: Recipe, simulated: bool) -> str:
         if arm.matched and not wording.imported_texts(recipe):
             where += " on the pairs with human labels"
         feedback.append(f"{source} preferences{where} ({arm.name})")
-    return f"This run compares {wording.listed(feedback)} with the untrained model, on the same sealed prompts and beside the real human replies."
+    return f"This run compares {wording.listed(feedback)} with the untrained model, on the same sealed prompts and beside {wording.yardstick(recipe)}."
 
 
 def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[str]:
@@ -188,7 +188,7 @@ def _method(summary: dict[str, Any], recipe: Recipe, simulated: bool) -> list[st
         f"{_people(recipe, simulated)} Each arm is a DPO training: {arms}.",
         f"Comparison: each model writes one response a prompt (temperature {sample.temperature:g}, top-p {sample.top_p:g}, at most "
         f"{sample.max_new_tokens} tokens, equal random numbers for all). A grader of kind “{recipe.evaluate.grader.kind}” with other training rows judges "
-        "every pair of models and each model against the real human reply, in both orders, which count as one observation. "
+        f"every pair of models and each model against {wording.yardstick(recipe)}, in both orders, which count as one observation. "
         "Identical responses are ties."
         f"{_by_people(summary['facts'].get('people') or {})}",
         f"Statistics: exact sign test by conversation; Holm over {summary['power']['comparisons']} primary comparisons (each trained model "
