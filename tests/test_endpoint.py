@@ -444,6 +444,32 @@ def test_parity_with_the_local_model_is_checked_before_the_first_response(
     assert len(right.requests) == again
 
 
+def test_servers_that_join_a_run_are_compared_too(start, tiny, renderer, tmp_path):
+    """Addresses may change between the start of a stage and its end; one that serves other weights must not pass by what was compared before."""
+    model = load_merged(Lineage(tiny))
+
+    def gone_after_one(number):
+        return 401 if number > 2 else None  # two prompts compared, and one response
+
+    first = start(gone_after_one, model_answer(model, renderer, True))
+    common = {"sample": {"max_new_tokens": 8}, "server": "vllm", "parity_prompts": 2, "concurrency": 1}
+    with pytest.raises(UserError, match="refuses a request"):
+        ask(settings_for(first.url, **common), tiny, renderer, tmp_path, PROMPTS[:3], 1)
+    wrong = start({}, model_answer(model, renderer, True, shift=0.3))
+    with pytest.raises(UserError, match=rf"{wrong.url} does not speak as the local model does"):
+        ask(settings_for(wrong.url, **common), tiny, renderer, tmp_path, PROMPTS[:3], 1)
+    right = start({}, model_answer(model, renderer, True))
+    made = ask(settings_for(right.url, **common), tiny, renderer, tmp_path, PROMPTS[:3], 1)
+    assert [body["temperature"] for _, _, body in right.requests] == [
+        0,
+        0,
+        SampleSection().temperature,
+        SampleSection().temperature,
+    ]
+    assert made.checked["compared"] == "log-probabilities"
+    assert not {"addresses", "urls"} & made.checked.keys()  # they stand in no manifest
+
+
 def test_local_and_endpoint_rows_of_one_model_are_the_same(start, tiny, renderer, tmp_path):
     model = load_merged(Lineage(tiny))
     sample = {"max_new_tokens": 8, "temperature": 0.0}

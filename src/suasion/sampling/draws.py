@@ -41,7 +41,9 @@ class Drawn:
 
 
 class Sampler(Protocol):
-    """One engine, bound to one model and its settings."""
+    """One engine, bound to one model and its settings. peers: which servers speak for it, as a hash; "" where it speaks itself."""
+
+    peers: str
 
     def batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
         """Groups that are made and journalled as one; the same for the same draws, whatever was made before."""

@@ -23,6 +23,7 @@ import httpx2
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
+from suasion.records import content_id
 from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
 from suasion.sections.sampling import EndpointEngine, SampleSection
 from suasion.seeding import generator
@@ -52,6 +53,7 @@ class EndpointSampler:
     ):
         self.engine, self.settings, self.renderer, self.seed, self.load = engine, settings, renderer, seed, load
         self.model = engine.models.get(name, name)
+        self.peers = content_id("peers", *sorted(url.rstrip("/") for url in engine.urls))
         self.headers = {"Authorization": f"Bearer {key}"} if (key := read_key(engine)) else {}
 
     def batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:

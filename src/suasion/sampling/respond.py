@@ -58,6 +58,10 @@ class Journal:
             os.fsync(handle.fileno())
         self.done[batch] = rows
 
+    def compared(self, label: str) -> dict[str, Any]:
+        """What the last comparison of servers with the local model found, {} where there was none."""
+        return next((rows[0] for key, rows in reversed(self.done.items()) if key.startswith(f"{label}/parity/")), {})
+
     def first_draws(self, label: str) -> list[Response]:
         """The responses of a label before any was drawn again."""
         batches = [rows for batch, rows in self.done.items() if batch.split("/")[0] == label and batch.split("/")[2] == "0"]
@@ -133,12 +137,12 @@ def respond(
         batches = sampler.batches(pending)
         keys = [f"{label}/{lineage_hash}/{attempt}/{number}" for number in range(len(batches))]
         work = [(key, batch) for key, batch in zip(keys, batches, strict=True) if key not in journal.done]
-        parity = f"{label}/{lineage_hash}/parity"
+        parity = f"{label}/{lineage_hash}/parity/{sampler.peers}"  # servers that come in later are compared too
         if work and attempt == 0 and parity not in journal.done:
             comparison = sampler.check(pending)
             if comparison:
                 journal.add(parity, [comparison])
-        checked = journal.done.get(parity, [{}])[0]
+        checked = journal.compared(f"{label}/{lineage_hash}")
         title = f"{label}" if attempt == 0 else f"{label}, drawn again ({attempt})"
         left = sum(len(batch) for _, batch in work)
         with progress(title, len(pending), "responses", len(pending) - left) as advance:
