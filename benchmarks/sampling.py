@@ -2,7 +2,7 @@
 
     python benchmarks/sampling.py --out results                         # 64 real prompts x 2 responses, bundled model, 2 threads
     python benchmarks/sampling.py --out quick --prompts 8 --new-tokens 8    # a quick look at all of it
-    python benchmarks/sampling.py --out gpu --model random-0.5b --device cuda --prompts 2350 --sides static-16 ours continuous
+    python benchmarks/sampling.py --out gpu --model random-0.5b --device cuda --prompts 2350 --sides static-16 ours ours-continuous continuous
 
 Interrupted, the same command goes on where it was: each batch is written to OUT as it is done. Two claims are measured with it: our engine is
 at least 4 times as fast as one prompt at a time, and at least 1.3 times as fast as plain static batches of 16 in prompt order.
@@ -14,6 +14,7 @@ Sides, each in a process of its own, one after the other, with the same prompts,
     static      the same with as many responses as ours decodes together: what is left is our engine, not the batch size
     ours        the engine of stage `sample` at the recipe's default batch size
     continuous  the library's continuous batching (`generate_batch`); for GPUs, where it is at home
+    ours-continuous  the same with our random numbers and types (`sample.engine.kind: continuous`), with as many places as ours has rows
 
 Prompts come from a folder with the Winning Arguments corpus in ConvoKit's format, cut and cleaned as stage `corpus` does, one of each
 conversation, in the order of their ids; their token ids stand in the user's cache folder, and OUT holds lengths and times only. A response
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 SIDES = ("one", "static-16", "static", "ours")
+FOR_GPUS = ("ours-continuous", "continuous")
 CORPUS = Path(__file__).parents[2] / "shared" / "data" / "winning-args-corpus"
 
 
@@ -57,8 +59,8 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sides", nargs="+", choices=[*SIDES, "continuous"], default=SIDES)
-    parser.add_argument("--child", choices=[*SIDES, "continuous", "prompts", "limit"], help=argparse.SUPPRESS)
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, *FOR_GPUS], default=SIDES)
+    parser.add_argument("--child", choices=[*SIDES, *FOR_GPUS, "prompts", "limit"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         CHILDREN[options.child](options)
@@ -152,8 +154,9 @@ def load(options: argparse.Namespace, library: bool) -> tuple[Any, Any, int, int
     """(model, hardware, stop token, padding token). library: the whole model in the type, as `generate` is used."""
     import torch
 
+    from suasion.bases import BUNDLED, TINY
     from suasion.chat import Renderer
-    from suasion.models import BUNDLED, TINY, Lineage, compute, load_merged, load_tokenizer
+    from suasion.models import Lineage, compute, load_merged, load_tokenizer
     from suasion.sections.training import ModelSection
 
     torch.set_num_threads(options.threads)
@@ -286,6 +289,28 @@ def run_ours(options: argparse.Namespace) -> None:
     run_batches(options, "ours", plan_batches(draws, options.batch_size), work, [Draw("w", tuple(prompts[0][:16]), 0)])
 
 
+def run_our_continuous(options: argparse.Namespace) -> None:
+    """Our engine with free places taken again, queue by queue as it plans them."""
+    from suasion.models import round_for_decoding
+    from suasion.sampling.continuous import decode
+    from suasion.sampling.draws import Draw
+    from suasion.sampling.local import QUEUE, plan_batches
+    from suasion.sections.sampling import SampleSection
+
+    model, hardware, stop, _ = load(options, library=False)
+    model = round_for_decoding(model, hardware)
+    prompts = json.loads(prompts_path(options).read_text())
+    settings = SampleSection(max_new_tokens=options.new_tokens, batch_size=options.batch_size)
+    draws = [Draw(f"{number:05d}", tuple(ids), n) for number, ids in enumerate(prompts) for n in (0, 1)]
+
+    def work(queue: list[Any]) -> list[tuple[int, int]]:
+        drawn = decode(model, queue, settings, 0, stop, hardware, min(options.batch_size, len(queue)))
+        return [(len(one.draw.prompt), len(one.tokens or ())) for one in drawn]
+
+    queues = plan_batches(draws, QUEUE * options.batch_size)
+    run_batches(options, "ours-continuous", queues, work, [Draw("w", tuple(prompts[0][:16]), 0)])
+
+
 def run_continuous(options: argparse.Namespace) -> None:
     """The library's continuous batching over everything at once."""
     model, _, stop, pad = load(options, library=True)
@@ -361,7 +386,7 @@ def tables(options: argparse.Namespace) -> list[str]:
         "|" + "---|" * 8,
     ]
     rates, notes = {}, []
-    for side in (*SIDES, "continuous"):
+    for side in (*SIDES, *FOR_GPUS):
         batches = measured(options, side)
         if not batches:
             continue
@@ -405,6 +430,7 @@ CHILDREN: dict[str, Callable[[argparse.Namespace], None]] = {
     "prompts": make_prompts,
     **{side: (lambda options, side=side: run_library(options, side)) for side in ("one", "static-16", "static")},  # type: ignore[misc]
     "ours": run_ours,
+    "ours-continuous": run_our_continuous,
     "continuous": run_continuous,
     "limit": measure_limit,
 }

@@ -26,6 +26,7 @@ from suasion.records import read_json, write_json
 from suasion.rundir import ATTEMPT, Input, RunDir, StageContext, StageResult, cache_dir, differences, refuse_stale
 from suasion.sections.base import FILE_KEYS, TEMPLATE, Section
 from suasion.sections.grading import read_pairs_of, without_folder
+from suasion.sections.sampling import ContinuousEngine
 
 MODEL = (
     "model.base",
@@ -228,6 +229,7 @@ def run(
         start = names.index(first) if first else 0
         stop = names.index(last) if last else len(names) - 1
         refuse_missing_data(recipe, names[start : stop + 1])
+        refuse_impossible_engine(recipe, names[start : stop + 1])
         with _announced(directory, recipe):
             for index, name in enumerate(names[: stop + 1]):
                 if name in blocked:
@@ -360,6 +362,15 @@ def refuse_missing_data(recipe: Recipe, names: Collection[str]) -> None:
         from suasion.evaluation.measuring import require_files
 
         require_files(recipe)
+
+
+def refuse_impossible_engine(recipe: Recipe, names: Collection[str]) -> None:
+    """Raises UserError where models are to be sampled in a way that this machine cannot: before they are trained, not after."""
+    if isinstance(recipe.sample.engine, ContinuousEngine) and {"sample", "evaluate"} & set(names):
+        from suasion.models import compute
+        from suasion.sampling.local import refuse_device
+
+        refuse_device(recipe.sample, compute(recipe.model))
 
 
 def _adapters_read(recipe: Recipe, arm: str) -> list[str]:

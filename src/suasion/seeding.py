@@ -30,14 +30,14 @@ def uniforms(count: int, seed: int, purpose: str, *keys: str | int) -> np.ndarra
     return generator(seed, purpose, *keys).random(count)
 
 
-def gumbel(seeds: np.ndarray, position: int, tokens: np.ndarray) -> np.ndarray:
+def gumbel(seeds: np.ndarray, position: int | np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Gumbel noise that belongs to (row's seed, position, token), whatever other tokens or rows are looked at.
 
-    seeds: [B] uint64; tokens: [B, K] token ids; returns [B, K] float64. The uniform numbers below are a counter hash
+    seeds: [B] uint64; position: one for all rows, or [B]; tokens: [B, K] token ids; returns [B, K] float64. The uniform numbers below are a counter hash
     (SplitMix64's finaliser, Steele et al. 2014, doi 10.1145/2714064.2660195), applied twice so that neighbouring counters are unrelated.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        row = _mix(seeds.astype(np.uint64)[:, None] + np.uint64(position + 1) * _GOLDEN)
+        row = _mix(seeds.astype(np.uint64)[:, None] + (np.reshape(position, (-1, 1)).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
         bits = _mix(row + (tokens.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     uniform: np.ndarray = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1), never 0 or 1
     noise: np.ndarray = -np.log(-np.log(uniform))

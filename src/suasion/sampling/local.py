@@ -10,6 +10,7 @@ sampled tokens at temperature 1 under the untruncated distribution, so that it c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,10 +22,11 @@ from suasion.memory import OUT_OF_MEMORY, free_memory, is_out_of_memory
 from suasion.models import Compute
 from suasion.progress import console
 from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
-from suasion.sections.sampling import SampleSection
+from suasion.sections.sampling import ContinuousEngine, SampleSection
 from suasion.seeding import gumbel
 
 MEMORY_SHARE = 0.9  # of the free memory, for one batch
+QUEUE = 8  # batches that stand in one queue where places are taken again
 CANDIDATES = 256  # nucleus sampling looks at this many tokens first; the exact full sort follows where they are not enough
 
 
@@ -42,8 +44,16 @@ def plan_batches(draws: Sequence[Draw], batch_size: int) -> list[list[Draw]]:
     return batches
 
 
+def refuse_device(settings: SampleSection, hardware: Compute) -> None:
+    """Raises UserError for continuous batching on a CPU."""
+    if isinstance(settings.engine, ContinuousEngine) and hardware.device == "cpu":
+        raise UserError("sample.engine.kind: continuous is for GPUs, and this is a CPU. Use kind: local.")
+
+
 class LocalSampler:
     """Draws responses of one model in this process; `load` gives the model as it samples, and is called only where something is left to do."""
+
+    peers = ""
 
     def __init__(
         self,
@@ -58,21 +68,23 @@ class LocalSampler:
         self.load, self.settings, self.renderer, self.hardware, self.seed = load, settings, renderer, hardware, seed
         self.model: Any = None
         self.most = settings.batch_size  # responses at once; sinks where memory does not suffice
+        self.queued = isinstance(settings.engine, ContinuousEngine)
 
     def batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
         """Planned by the recipe's batch_size alone: a resumed run, or one with less memory, journals the same groups."""
-        return plan_batches(draws, self.settings.batch_size)
+        return plan_batches(draws, self.settings.batch_size * (QUEUE if self.queued else 1))
 
     def check(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """Nothing to compare: this is the local model."""
         return {}
 
     def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver) -> None:
-        """Batch after batch. Raises UserError where one response alone exceeds the memory."""
+        """Batch after batch. Raises UserError where one response alone exceeds the memory, and for continuous batching on a CPU."""
+        refuse_device(self.settings, self.hardware)
         for key, batch in work:
             if self.model is None:
                 self.model = self.load()
-            deliver(key, self._within_memory(batch))
+            deliver(key, self._queue(batch) if self.queued else self._within_memory(batch))
 
     def speak(self, draw: Draw, hear: Callable[[str], None]) -> Drawn:
         """One response, its text growing token by token."""
@@ -90,30 +102,47 @@ class LocalSampler:
     def _within_memory(self, batch: list[Draw]) -> list[Drawn]:
         """Decode a batch in as many parts as memory asks for."""
         drawn: list[Drawn] = []
+        pad_id = self.renderer.tokenizer.pad_token_id
         while len(drawn) < len(batch):
-            part = batch[len(drawn) : len(drawn) + self.most]
-            free = free_memory(self.hardware.device)
-            while (
-                len(part) > 1
-                and (needed := memory_needed(self.model.config, part, self.settings, self.hardware.dtype)) > self.share * free
-            ):
-                part = self._halved(part, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-            failed = False
-            try:
-                drawn += decode(
-                    self.model, part, self.settings, self.seed, self.renderer.stop_id, self.renderer.tokenizer.pad_token_id, self.hardware
-                )  # fmt: skip
-            except OUT_OF_MEMORY as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = True
-            if failed:  # outside of the handler: the error's traceback keeps the batch's tensors alive
-                if len(part) == 1:
-                    raise UserError("out of memory on a single response. Lower sample.max_new_tokens or corpus.context_tokens.")
-                if self.hardware.device == "cuda":
-                    torch.cuda.empty_cache()
-                self._halved(part, "out of memory")
+            part = self._that_fits(batch[len(drawn) :], self.hardware.dtype)
+            make = partial(decode, self.model, part, self.settings, self.seed, self.renderer.stop_id, pad_id, self.hardware)
+            drawn += self._unless_out_of_memory(part, make) or []
         return drawn
+
+    def _queue(self, queue: list[Draw]) -> list[Drawn]:
+        """Decode a queue with as many places as memory has for its longest draws, which come first."""
+        from suasion.sampling import continuous
+
+        while True:
+            part = self._that_fits(queue, "float32")  # as the weights: so the library keeps keys and values
+            make = partial(
+                continuous.decode, self.model, queue, self.settings, self.seed, self.renderer.stop_id, self.hardware, len(part)
+            )
+            if (drawn := self._unless_out_of_memory(part, make)) is not None:
+                return drawn
+
+    def _that_fits(self, draws: list[Draw], dtype: str) -> list[Draw]:
+        """The first draws, as many as may be decoded at once. dtype: of the cache."""
+        part = draws[: self.most]
+        free = free_memory(self.hardware.device)
+        while len(part) > 1 and (needed := memory_needed(self.model.config, part, self.settings, dtype)) > self.share * free:
+            part = self._halved(part, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+        return part
+
+    def _unless_out_of_memory(self, part: list[Draw], make: Callable[[], list[Drawn]]) -> list[Drawn] | None:
+        """What `make` returns; None where memory did not suffice for this part: half of it is tried next. Raises UserError for a single draw."""
+        try:
+            return make()
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler: the error's traceback keeps the batch's tensors alive.
+        if len(part) == 1:
+            raise UserError("out of memory on a single response. Lower sample.max_new_tokens or corpus.context_tokens.")
+        if self.hardware.device == "cuda":
+            torch.cuda.empty_cache()
+        self._halved(part, "out of memory")
+        return None
 
     def _halved(self, part: list[Draw], reason: str) -> list[Draw]:
         self.most = len(part) // 2
@@ -214,11 +243,17 @@ def decode(
 
 
 def choose(
-    logits: torch.Tensor, seeds: np.ndarray, position: int, temperature: float, top_p: float, top_k: int = 0, min_p: float = 0.0
+    logits: torch.Tensor,
+    seeds: np.ndarray,
+    position: int | np.ndarray,
+    temperature: float,
+    top_p: float,
+    top_k: int = 0,
+    min_p: float = 0.0,
 ) -> torch.Tensor:
     """Sample one token a row from the truncated distribution with the row's own random numbers.
 
-    logits: [B, V]; seeds: [B] uint64. Returns [B]. Gumbel-max: the token with the largest logit / temperature + noise, the noise
+    logits: [B, V]; seeds: [B] uint64; position: one for all rows, or [B]. Returns [B]. Gumbel-max: the token with the largest logit / temperature + noise, the noise
     belonging to (seed, position, token). Unlike inverting a cumulative sum, rounding differences between batch sizes can only
     matter where two tokens are within rounding of one another. The nucleus is the smallest set whose probability reaches top_p
     (Holtzman et al. 2020, arXiv 1904.09751), after top_k; of it, tokens less likely than min_p times the likeliest are left out
@@ -230,14 +265,29 @@ def choose(
     tokens, enough = _choose_among(logits, seeds, position, temperature, top_p, top_k, min_p, size)
     if not bool(enough.all()):
         flat = (~enough).nonzero()[:, 0]
+        rows = flat.cpu().numpy()
         tokens[flat] = _choose_among(
-            logits[flat], seeds[flat.cpu().numpy()], position, temperature, top_p, top_k, min_p, logits.shape[1]
+            logits[flat],
+            seeds[rows],
+            np.broadcast_to(position, seeds.shape)[rows],
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            logits.shape[1],
         )[0]
     return tokens
 
 
 def _choose_among(
-    logits: torch.Tensor, seeds: np.ndarray, position: int, temperature: float, top_p: float, top_k: int, min_p: float, size: int
+    logits: torch.Tensor,
+    seeds: np.ndarray,
+    position: int | np.ndarray,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`choose` among the `size` likeliest tokens of each row; and [B] bool, whether more of them could not have changed the row's."""
     scaled = logits / temperature

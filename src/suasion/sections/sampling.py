@@ -15,6 +15,14 @@ class LocalEngine(Section):
     kind: Literal["local"] = Field("local", description="In this process.")
 
 
+class ContinuousEngine(Section):
+    """As local, but a place that a finished response leaves is taken by the next one. See docs/scale.md."""
+
+    kind: Literal["continuous"] = Field(
+        description="In this process, by the library's continuous batching; on GPUs only. batch_size: places."
+    )
+
+
 class EndpointEngine(Section):
     """Servers that speak the OpenAI completions protocol and hold the run's models. See docs/scale.md."""
 
@@ -60,8 +68,9 @@ Fault = Literal["cut-off", "empty", "looping", "copying", "identical"]
 class SampleSection(Section):
     """Two responses a prompt from the SFT model; evaluation uses the same settings."""
 
-    engine: Annotated[LocalEngine | EndpointEngine, Field(discriminator="kind")] = Field(
-        LocalEngine(), description="What decodes: 'kind: local' (this process) or 'kind: endpoint' (servers)."
+    engine: Annotated[LocalEngine | ContinuousEngine | EndpointEngine, Field(discriminator="kind")] = Field(
+        LocalEngine(),
+        description="What decodes: 'kind: local' (this process), 'kind: continuous' (this process, free places taken again) or 'kind: endpoint' (servers).",
     )
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")
     top_p: float = Field(0.9, gt=0, le=1, description="Smallest set of tokens with this share of the probability.")
