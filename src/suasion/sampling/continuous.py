@@ -131,11 +131,12 @@ def _wait(manager: Any, count: int) -> None:
     """Until so many responses have ended. Raises the error that ended the library's thread."""
     left = count
     while left:
+        running = manager.is_running()
         result = manager.get_result(timeout=0.2)
         if result is None:
             if (error := manager.background_thread_status.fatal_error) is not None:
                 raise error
-            assert manager.is_running(), "continuous batching ended without a word"
+            assert running, "continuous batching ended without a word"
         elif result.error is None:  # else the thread is about to end
             left -= 1
 
@@ -143,10 +144,11 @@ def _wait(manager: Any, count: int) -> None:
 @contextmanager
 def _as_the_library_calls_it(model: Any, hardware: Compute) -> Iterator[None]:
     """The library decodes in a thread of its own, to which autocast has to be carried; the model's attention is put back afterwards."""
-    forward, attention = model.forward, model.config._attn_implementation
+    forward, own, attention = model.forward, vars(model).get("forward"), model.config._attn_implementation
 
     @functools.wraps(forward)  # the library reads the arguments' names
     def under_autocast(*args: Any, **kwargs: Any) -> Any:
+        _store_as_is(kwargs["cache"])
         with hardware.autocast():
             return forward(*args, **kwargs)
 
@@ -155,4 +157,18 @@ def _as_the_library_calls_it(model: Any, hardware: Compute) -> Iterator[None]:
         yield
     finally:
         del model.forward
+        if own is not None:
+            model.forward = own
         model.set_attn_implementation(attention)
+
+
+def _store_as_is(cache: Any) -> None:
+    """Let a paged cache take what autocast hands over: keys in fp32 (they were rotated), values in bf16. Stored in fp32, both keep every bit."""
+    if "update" in vars(cache):
+        return
+    update = cache.update
+
+    def widened(key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]) -> Any:
+        return update(key_states.to(cache.dtype), value_states.to(cache.dtype), layer_idx, kwargs)
+
+    cache.update = widened
