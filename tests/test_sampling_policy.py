@@ -30,6 +30,8 @@ def prompts(count):
 class Scripted:
     """Says what a table (prompt, n) -> [text of attempt 0, 1, ...] says."""
 
+    peers = ""
+
     def __init__(self, table):
         self.table, self.asked = table, []
 

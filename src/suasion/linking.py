@@ -14,7 +14,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from suasion.records import Example, OutcomePair, content_id
 from suasion.seeding import derive_seed
 
 Key = tuple[str, str]  # corpus and conversation id
+Linked = TypeVar("Linked", Example, OutcomePair)
 
 PASTED = 12  # words from which two equal replies are one text, pasted twice
 
@@ -101,9 +102,10 @@ def link(examples: Sequence[Example], pairs: Sequence[OutcomePair], near_duplica
     """
     entries: dict[Key, tuple[list[Entry], list[Entry]]] = defaultdict(lambda: ([], []))
     with progress("reading examples and pairs", len(examples) + len(pairs)) as advance:
-        for kind, rows in enumerate((examples, pairs)):
-            for entry in _entries(rows, advance):
-                entries[entry.corpus, entry.conversation_id][kind].append(entry)
+        for entry in _entries(examples, advance):
+            entries[entry.corpus, entry.conversation_id][0].append(entry)
+        for entry in _entries(pairs, advance):
+            entries[entry.corpus, entry.conversation_id][1].append(entry)
     keys = sorted(entries)
     groups = _Groups(len(keys))
     conversations = []
@@ -165,7 +167,7 @@ class _Groups:
             self.unite(marked[order[place]], marked[order[place + 1]])
 
 
-def _entries(rows: Sequence[Example] | Sequence[OutcomePair], advance: Callable[[int], None]) -> Iterator[Entry]:
+def _entries(rows: Sequence[Linked], advance: Callable[[int], None]) -> Iterator[Entry]:
     """An entry for each different row, at its first place. advance: is told of every row."""
     seen: dict[str, int] = {}
     for place, row in enumerate(rows):
