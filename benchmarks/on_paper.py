@@ -48,7 +48,6 @@ def training(shape: Shape, machine: str, share: float = 1.0, gpus: int = 1) -> t
     sft = FULL["sft"] * row / (rates.train * share * gpus)
     dpo = FULL["pairs"] * pair * (1 / rates.train + 1 / rates.prefill) / (share * gpus)
     gpu = table.machines[machine].gpu
-    assert gpu is not None
     # a server holds bf16 weights (or 4 bits where only they fit), split over its GPUs, and writes for 64 responses at once
     weight = 2.0 if 2 * shape.parameters < gpus * gpu.gib * GIB * 0.8 else FOUR_BITS
     cache = (LENGTHS.context + LENGTHS.reply / 2) * shape.layers * shape.cache_width * 2
@@ -75,7 +74,6 @@ def main() -> None:
     ):
         shape = SHAPES[name]
         gpu = load_machines().machines[machine].gpu
-        assert gpu is not None
         sft, dpo, sampling = training(shape, machine, share, gpus)
         weight = weight or four_bit_bytes(shape) / shape.parameters
         needed = memory(shape, weight, rows, 1024, gpus)

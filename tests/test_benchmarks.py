@@ -231,6 +231,54 @@ def test_responses_of_two_batch_sizes_are_compared_draw_by_draw() -> None:
         batch_sizes.row("float32", 8, 32, ours, [*ours[:3], said(3, (3, 7), seed=2)])
 
 
+def test_predictions_stand_beside_what_a_machine_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model has the shape that was asked for, and the table both numbers; a machine without a GPU makes no table."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    prediction = script("prediction")
+    from suasion.machines import load_machines
+    from suasion.prediction import Shape
+
+    shape = Shape(parameters=0, layers=2, width=32, inner=48, vocabulary=2_500, cache_width=32, tables=2)
+    options = (
+        "model.max_length=256",
+        "corpus.context_tokens=96",
+        "sample.max_new_tokens=32",
+        "corpus.reply_tokens=[10,32]",
+        "sample.batch_size=3",
+        "model.device=cpu",
+    )
+    made = []
+    original = prediction.make_model
+
+    def keep(shape: object, folder: Path) -> None:
+        original(shape, folder)
+        made.append(json.loads((folder / "config.json").read_text()))
+
+    monkeypatch.setattr(prediction, "make_model", keep)
+    recipe, found = prediction.measured(shape, 0.2, options)
+    assert {key: made[0][key] for key in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "tie_word_embeddings")} == {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 1, "tie_word_embeddings": False
+    }  # fmt: skip
+    lines = prediction.rows("x", "g5.xlarge", load_machines().machines["g5.xlarge"], shape, recipe, found)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[2] for row in cells] == [
+        "reading, tokens/s",
+        "training, tokens/s",
+        "writing, tokens/s",
+        "training, GiB",
+        "writing, GiB",
+    ]
+    for row in cells:
+        assert float(row[5]) == pytest.approx(float(row[4]) / float(row[3]), rel=0.02, abs=0.005)
+    assert float(cells[1][4]) == pytest.approx(found.train, rel=1e-3)
+    monkeypatch.setattr(prediction.torch.cuda, "is_available", lambda: False)
+    assert prediction.main(["--machine", "p5.4xlarge"]) == 1
+    assert prediction.main(["--machine", "none"]) == 2
+    assert "|" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_sampling_benchmark_runs_whole_on_the_tiny_model(tmp_path: Path) -> None:
     """Every side in a process of its own: half a minute on two idle cores."""

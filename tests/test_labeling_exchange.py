@@ -253,6 +253,44 @@ def test_a_bare_table_is_enough(tmp_path):
     assert (one.label.label, one.turns, one.label.off_policy) == ("b", (Turn(role="user", text="Tea is best."),), True)
 
 
+def test_answers_of_a_second_person_are_second_labels(tmp_path):
+    """Of a table that knows no tasks: 4 pairs, 2 of them planned twice; a third person's answers and the same file again add none."""
+    folder = make_run(tmp_path, sampled_pairs(4), overlap=0.5)
+    file = tmp_path / "labels.csv"
+
+    def table(*people: str) -> str:
+        desk = open_desk(folder)
+        lines = ["context,a,b,label,annotator"]
+        for who in people:
+            for number, item in enumerate(desk.work.items[task.pair_id] for task in desk.work.planned if task.kind == "first"):
+                lines.append(f'"{item.turns[0].text}","{item.a}","{item.b}",{"ab"[number % 2]},{who}')
+        desk.store.close()
+        file.write_text("\n".join(lines) + "\n")
+        return label("import", str(folder), str(file), "--format", "csv")
+
+    def missing() -> int:
+        desk = open_desk(folder)
+        try:
+            return desk.missing()
+        finally:
+            desk.store.close()
+
+    assert missing() == 6
+    assert "4 labels on this run's pairs" in table("ann")
+    assert missing() == 2
+    assert "0 labels on this run's pairs, 0 off-policy (0 ties). 4 were there" in table("ann")
+    assert "4 labels on this run's pairs" in table("ann", "bob")
+    assert missing() == 0
+    assert "0 labels on this run's pairs" in table("bob", "ann")
+    assert "4 labels on this run's pairs" in table("cas")
+    assert missing() == 0
+    both = make_run(tmp_path / "both", sampled_pairs(4), overlap=0.5)
+    file.write_text(file.read_text().replace(",cas", ",ann") + file.read_text().partition("\n")[2].replace(",cas", ",bob"))
+    assert "8 labels on this run's pairs" in label("import", str(both), str(file), "--format", "csv")
+    folder = both
+    assert missing() == 0
+
+
 def test_no_cell_is_a_formula(tmp_path, run):
     answers = [
         one.model_copy(update={"a": '=HYPERLINK("http://evil.example")', "b": "@SUM(1)"}) for one in collect(open_desk(run))

@@ -535,6 +535,8 @@ def test_price_and_estimate_are_shown_and_a_no_makes_nothing(aws, start, tmp_pat
     assert "estimate: " in text
     assert "caps: $3.00 and 24 h" in text
     assert "rent it?" in text
+    unknown = start("--market", "on-demand", types="t3.large", answer="n\n")
+    assert "no estimate: t3.large is not in the table of machines" in " ".join(unknown.output.split())
     assert not MAKING & set(aws.calls)
     assert not (tmp_path / "tiny").exists()
 
@@ -646,7 +648,7 @@ def test_finished_stages_come_from_s3_whole_or_not_at_all(aws, tmp_path) -> None
 def test_a_run_that_could_not_go_on_rents_nothing(aws, start) -> None:
     """A bucket that is not there, and stages of another recipe: found out before a machine costs anything."""
     done = start("--s3", "s3://results/x", "--yes")
-    assert "NoSuchBucket" in str(done.exception)
+    assert "NoSuchBucket: The specified bucket does not exist. Make it with: aws s3 mb s3://BUCKET" in str(done.exception)
     past_the_proxy("s3", aws.backend).create_bucket(Bucket="results")
     stage_in_s3(aws, "01-corpus", "one\n")
     done = start("--s3", "s3://results/x", "--yes")

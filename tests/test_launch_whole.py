@@ -57,6 +57,5 @@ def test_from_the_command_to_the_fetched_report(server, tmp_path, monkeypatch) -
         assert places == sorted(places)
     assert left(server) == []
     assert load_session(runs / "tiny").state == "removed"
-    faults, _ = verify_run(runs / "tiny")
-    assert faults == []
+    assert verify_run(runs / "tiny").faults == []
     assert (runs / "tiny" / "10-report" / "index.html").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from suasion import planning
 from suasion.errors import UserError
 from suasion.evaluation.power import detectable_win_rate
 from suasion.evaluation.summary import primary_pairs
+from suasion.models import Compute
 from suasion.planning import (
     Lengths,
     Plan,
@@ -31,7 +33,7 @@ from suasion.recipe import Recipe, load_recipe
 from suasion.records import Example, Turn
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
-RATES = Rates(prefill=1000.0, decode=100.0, train=500.0, weight_bytes=1)
+RATES = Rates(prefill=1000.0, decode=100.0, train=500.0)
 LENGTHS = Lengths(context=200.0, reply=50.0)
 
 
@@ -137,6 +139,14 @@ def test_warnings(recipe: Recipe) -> None:
     sizes = {"sft": 32, "rlaif": 15, "rlhf": 12, "eval": 8, "judge_conversations": 24}
     found = planning.warnings(recipe, Plan("x", stages, RATES, disk_bytes=2, free_bytes=1, attainable=sizes))
     assert [line.split()[0] for line in found] == ["dpo-a", "pools.rlaif", "needs"]
+    tight = replace(RATES, train_bytes=4e9, write_bytes=math.inf)
+    memory = planning.warnings(recipe, Plan("x", [], tight, 1, 2, memory_bytes=3 * 10**9, attainable=dict.fromkeys(sizes, 99)))
+    assert memory[0].startswith("training needs 4.0 GB of memory, this machine has 3.0 GB. Set recompute_activations: true")
+    assert memory[1].startswith(
+        "sampling needs more memory than there is, this machine has 3.0 GB. Set a lower sample.batch_size"
+    )
+    roomy = planning.warnings(recipe, Plan("x", [], tight, 1, 2, memory_bytes=5 * 10**9, attainable=dict.fromkeys(sizes, 99)))
+    assert [line.split()[0] for line in roomy] == ["sampling"]
     nothing = Plan("x", [], RATES, disk_bytes=1, free_bytes=2, attainable=dict.fromkeys(sizes, 0))
     assert planning.warnings(recipe, nothing) == [planning.NOTHING_FITS]
 
@@ -150,7 +160,7 @@ def test_a_plan_says_what_it_cannot_know() -> None:
         ),
     )
     said = planning.warnings(recipe, Plan("x", [], RATES, disk_bytes=1, free_bytes=2, attainable={"rlaif": 16}))
-    assert said[0].startswith("ai-labels asks a language model: its time and price are not in these hours")
+    assert said[0].startswith("ai-labels asks a language model: its time and price are not in these hours, nor is its memory")
     assert "draw from servers" in said[1]
     assert len(said) == 2
 
@@ -173,12 +183,17 @@ def test_a_plan_of_the_tiny_recipe(tmp_path: Path, one_thread: None) -> None:
     assert all(item.seconds > 0 for item in plan.stages)
     assert min(plan.rates.prefill, plan.rates.decode, plan.rates.train) > 0
     assert plan.rates.decode < 1e7  # the difference of two timings, not its floor
+    assert plan.rates.train_bytes is not None
+    assert 1e8 < plan.rates.train_bytes < plan.memory_bytes  # of a process that has imported torch
+    assert planning.stage_memory(stages["evaluate"], plan.rates) == plan.rates.write_bytes
+    assert planning.stage_memory(stages["report"], plan.rates) is None
     assert not (tmp_path / "runs").exists()
     console = Console(width=200, record=True, file=io.StringIO())
     print_plan(plan, console)
     text = console.export_text()
     assert f"{len(primary_pairs(recipe))} primary comparisons, if the judge is right 65% of the time" in text
     assert "pools this corpus can fill: sft 32" in text
+    assert text.count(f"{plan.rates.train_bytes / 1e9:.1f} GB") >= 5
 
 
 def test_labels_that_are_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,3 +208,21 @@ def test_data_that_a_grader_will_miss_is_said_before(tmp_path: Path) -> None:
     recipe = load_recipe(TINY, (f"evaluate.grader.train={{kind: ukp, path: {nowhere}}}",))
     plan = make_plan(recipe, tmp_path, seconds=0.5)
     assert any(str(nowhere) in warning for warning in plan.warnings)
+
+
+def test_the_longest_rows_fill_a_micro_batch_or_stand_alone(recipe: Recipe) -> None:
+    """tiny: contexts of 288 and two responses of 128 are 544 tokens, more than a processor's 512; on a GPU seven of them are packed."""
+    assert planning.longest_rows(recipe, Compute("cpu", "float32", 1)) == (1, 288, 128)
+    assert planning.longest_rows(recipe, Compute("cuda", "bfloat16", 1)) == (4096 // 544, 288, 128)
+    short = load_recipe(TINY, ("sample.max_new_tokens=64", "corpus.reply_tokens=[12,64]"))  # then SFT's rows are the longest
+    assert planning.longest_rows(short, Compute("cpu", "float32", 1)) == (1, 512 - 64, 32)
+
+
+def test_memory_that_does_not_suffice_is_no_number() -> None:
+    def too_much() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert planning._peak(too_much, "cpu") == math.inf
+    before = planning._peak(lambda: None, "cpu")
+    held = []
+    assert planning._peak(lambda: held.append(bytearray(2 * 10**8)), "cpu") - before > 1.5e8

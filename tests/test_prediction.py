@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from suasion.cli import app
-from suasion.errors import UsageError
+from suasion.errors import UsageError, UserError
 from suasion.machines import TABLE, Gpu, Machine, load_machines
 from suasion.planning import Lengths
 from suasion.prediction import (
@@ -26,6 +27,8 @@ from suasion.prediction import (
     measured_shares,
     predict,
     rates_of,
+    read_sizes,
+    rounded_bytes,
 )
 from suasion.recipe import load_recipe
 
@@ -52,10 +55,14 @@ def test_rates_by_hand() -> None:
     rates = rates_of(SHAPE, LENGTHS, 4, MACHINE, SHARES)
     assert rates.prefill == pytest.approx(1e6 * 0.25 / 3280)
     assert rates.train == pytest.approx(1e6 * 0.5 / 6560)
-    step = (4 * 1000 + 4 * 35 * 2 * 4 * 4) / (1e6 * 0.1)  # weights, and the cache of four responses half way
+    step = 2 * (1000 + 4 * 35 * 2 * 4) / (1e6 * 0.1)  # weights in bf16, and the cache of four responses half way
     assert rates.decode == pytest.approx(4 / step)
     slow = rates_of(SHAPE, LENGTHS, 4, MACHINE, replace(SHARES, layer_seconds=1.0))
     assert slow.decode == pytest.approx(4 / 2.0)
+    whole = rates_of(SHAPE, LENGTHS, 4, MACHINE, SHARES, number_bytes=4)
+    assert whole.decode == pytest.approx(rates.decode / 2)
+    untied = rates_of(replace(SHAPE, tables=2), LENGTHS, 4, MACHINE, SHARES)  # 50 x 8 embeddings are looked up, not read
+    assert untied.decode == pytest.approx(4 / (2 * (600 + 4 * 35 * 2 * 4) / (1e6 * 0.1)))
 
 
 def test_measured_shares_give_the_measured_rates_back() -> None:
@@ -116,7 +123,8 @@ def test_sharded_with_servers_one_copy_on_the_host_is_enough_and_a_model_may_be_
     assert host["servers"] == host["compared"] | {"sample": 0, "evaluate": 0}
     several = load_recipe(RECIPES / "persuasion-rl.yaml", ("processes={profile: ddp, count: 8}",))
     assert predict(several, sizes(giant), machine).host_bytes["sft"] == 4 * 10**9 + 8 * weights
-    assert found["servers"].gpu_bytes["sft"] - weights / 8 == pytest.approx(gpu_memory(full, giant, 1)["sft"] - weights)
+    whole = load_recipe(RECIPES / "persuasion-rl.yaml", ("model.dtype=float32",))  # shards are not rounded
+    assert found["servers"].gpu_bytes["sft"] - weights / 8 == pytest.approx(gpu_memory(whole, giant, 1)["sft"] - weights)
     assert found["servers"].gpu_bytes["sample"] == found["servers"].gpu_bytes["evaluate"] == 0
     assert not any(problem.startswith(("sample", "evaluate", "loading")) for problem in found["servers"].problems)
     assert any("sample.engine" in problem for problem in found["compared"].problems)
@@ -127,7 +135,7 @@ def test_advice_that_names_a_value_makes_it_fit(full, gib, micro, batch) -> None
     machine = Machine(vcpus=4, host_gib=64, gpus=1, gpu=Gpu(name="X", tflops=70, gbps=600, gib=gib))
     recipe = load_recipe(RECIPES / "persuasion-rl.yaml", (f"sft.micro_batch_tokens={micro}", f"sample.batch_size={batch}"))
     problems = predict(recipe, sizes(), machine).problems
-    settings = tuple(dict.fromkeys(word for problem in problems for word in problem.split() if "=" in word))
+    settings = tuple(dict.fromkeys(word for problem in problems for word in problem.split() if "=" in word and word[0] != "("))
     assert len(settings) == len({setting.split("=")[0] for setting in settings})
     if all("=" in problem for problem in problems):
         better = load_recipe(
@@ -164,9 +172,40 @@ def test_four_bits_are_counted_by_hand(full) -> None:
     assert four_bit_bytes(SHAPE) == 4 * 400 + int(600 * (0.5 + 1 / 64 + 4 / 64 / 256))
     assert four_bit_bytes(replace(SHAPE, tables=2)) == 4 * 800 + int(200 * (0.5 + 1 / 64 + 4 / 64 / 256))
     quantised = full.model_copy(update={"model": full.model.model_copy(update={"quantization": "nf4"})})
-    saved = 4 * HALF_BILLION.parameters - four_bit_bytes(HALF_BILLION)
+    saved = rounded_bytes(full, HALF_BILLION) - four_bit_bytes(HALF_BILLION)
     for stage, needed in gpu_memory(full, HALF_BILLION, 1).items():
         assert needed - gpu_memory(quantised, HALF_BILLION, 1)[stage] == saved > 0
+
+
+def test_weights_at_work_are_counted_by_hand(full) -> None:
+    """50 x 8 embeddings in fp32, the head's copy of them in bf16, and the other 600 numbers in bf16; in fp32 all 1,000."""
+    assert rounded_bytes(full, SHAPE) == 4 * 400 + 2 * 400 + 2 * 600
+    assert rounded_bytes(full, replace(SHAPE, tables=2)) == 4 * 400 + 2 * 400 + 2 * 200
+    assert rounded_bytes(load_recipe(RECIPES / "persuasion-rl.yaml", ("model.dtype=float32",)), SHAPE) == 4000
+    loading = replace(
+        HALF_BILLION, parameters=10 * HALF_BILLION.parameters
+    )  # more than its rounded copy and a small batch together
+    small = load_recipe(RECIPES / "persuasion-rl.yaml", ("sample.batch_size=1",))
+    assert gpu_memory(small, loading, 1)["sample"] == 4 * loading.parameters
+
+
+def test_a_batch_takes_what_the_sampler_reckons_with(full) -> None:
+    from types import SimpleNamespace
+
+    from suasion.sampling.draws import Draw
+    from suasion.sampling.local import memory_needed
+
+    config = SimpleNamespace(
+        num_key_value_heads=2,
+        num_attention_heads=14,
+        hidden_size=896,
+        num_hidden_layers=24,
+        intermediate_size=4864,
+        vocab_size=151_936,
+    )
+    batch = [Draw(str(number), tuple(range(full.corpus.context_tokens)), 0) for number in range(full.sample.batch_size)]
+    reckoned = memory_needed(config, batch, full.sample, "bfloat16")
+    assert gpu_memory(full, HALF_BILLION, 1)["evaluate"] == rounded_bytes(full, HALF_BILLION) + reckoned
 
 
 def test_a_model_that_does_not_fit_at_all_is_told_so(full) -> None:
@@ -184,6 +223,9 @@ def test_the_table_is_valid_dated_and_can_be_replaced(tmp_path) -> None:
     own.write_text(TABLE.read_text().replace("tflops: 70", "tflops: -1", 1))
     with pytest.raises(UsageError, match=r"machines\.g5\.xlarge\.gpu\.tflops"):
         load_machines(own)
+    own.write_text(TABLE.read_text() + "  c7i.large: {vcpus: 2, host_gib: 4, gpus: 0, price: 0.1}\n")
+    with pytest.raises(UsageError, match=r"machines\.c7i\.large\.gpu"):
+        load_machines(own)
     with pytest.raises(UsageError, match="cannot be read"):
         load_machines(tmp_path / "none.yaml")
 
@@ -194,5 +236,37 @@ def test_plan_on_other_machines() -> None:
     assert done.output.startswith("g5.xlarge (1 x A10G, 22.5 GiB; host 16 GiB): ")
     assert "sft" in done.output
     assert len(re.findall(r"^  [\w-]+ +[\w. ]+ +\$\d+\.\d\d +\d+\.\d GiB GPU +\d+\.\d GiB host$", done.output, re.MULTILINE)) == 7
+    assert len(re.findall(r"^  [\w-]+ +[\w. ]+ +\$\d+\.\d\d$", done.output, re.MULTILINE)) == 6  # corpus, pools, labels, report
+    assert "model.dtype is float32, these peaks are of bf16" in done.output
+    judged = CliRunner().invoke(
+        app,
+        ["plan", str(RECIPES / "tiny.yaml"), "--on", "g5.12xlarge", "--set", "ai_labels.grader={kind: llm, model: some-model}"],
+    )
+    assert "uses 1 of its 4 GPUs; all of them: processes.profile=ddp processes.count=4" in judged.output
+    assert "warning: ai-labels asks a language model" in judged.output
     refused = CliRunner().invoke(app, ["plan", str(RECIPES / "tiny.yaml"), "--on", "g9.huge"])
     assert isinstance(refused.exception, UsageError)
+
+
+def test_a_plan_of_a_hubs_model_fetches_no_weights(tiny, tmp_path, monkeypatch) -> None:
+    """Of 70B they would be 140 GB, for a question about money."""
+    import huggingface_hub
+
+    from suasion.models import base_folder
+
+    asked = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        for path in base_folder(tiny).glob("*.json"):
+            shutil.copy(path, tmp_path / path.name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    recipe = load_recipe(RECIPES / "tiny.yaml", ("model.base=somebody/some-model",))
+    assert read_sizes(recipe).shape == read_sizes(load_recipe(RECIPES / "tiny.yaml")).shape
+    assert asked
+    assert all("*.safetensors" not in patterns and "*.json" in patterns for patterns in asked)
+    with pytest.raises(UserError, match="safetensors"):
+        base_folder(recipe.model)
+    assert "*.safetensors" in asked[-1]

@@ -21,6 +21,7 @@ from suasion.seeding import derive_seed
 
 BUNDLED = "bundled:smollm2-135m-instruct"
 TINY = "random:tiny"
+HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # of a model on the hub, beside its weights
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -35,10 +36,11 @@ TINY_SHAPE = {
 }
 
 
-def base_folder(section: ModelSection) -> Path:
+def base_folder(section: ModelSection, weights: bool = True) -> Path:
     """The folder of the base model's safetensors, config and tokenizer; made once in the cache where it is not one already.
 
-    Raises UserError for a missing folder, weights that are not safetensors, or a folder without a tokenizer.
+    weights: False for who reads config or tokenizer alone; a hub's weights are not fetched for that. Raises UserError for a missing folder,
+    weights that are not safetensors, or a folder without a tokenizer.
     """
     name = section.base
     if name == BUNDLED:
@@ -50,10 +52,10 @@ def base_folder(section: ModelSection) -> Path:
         if not folder.is_dir():
             raise UserError(f"model.base {name} is not a folder. Give a folder with safetensors, a hub name, or '{BUNDLED}'.")
     else:
-        folder = _from_hub(name, section.revision)
+        folder = _from_hub(name, section.revision, weights)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: it is not a transformers model folder.")
-    if not any(folder.glob("*.safetensors")):
+    if (weights or folder == Path(name)) and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no *.safetensors. Pickled weights are refused; convert them with save_pretrained first.")
     if not any(
         (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -141,14 +143,12 @@ def _publish(target: Path, model: Any, tokenizer: Any) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        path = snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        )
+        path = snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES, *["*.safetensors"] * weights])
     except RepositoryNotFoundError as error:
         raise UserError(f"no model '{name}' on the hub (a local folder starts with / or ./).") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -25,14 +25,14 @@ class Gpu(BaseModel):
 
 
 class Machine(BaseModel):
-    """A kind of machine. price: dollars an hour on demand, None where the table does not know it."""
+    """A kind of machine with GPUs. price: dollars an hour on demand, None where the table does not know it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     vcpus: int = Field(gt=0)
     host_gib: float = Field(gt=0)
-    gpus: int = Field(ge=0)
-    gpu: Gpu | None = None
+    gpus: int = Field(gt=0)
+    gpu: Gpu
     price: float | None = None
 
 

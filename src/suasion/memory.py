@@ -6,6 +6,7 @@ import contextlib
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import torch
@@ -39,6 +40,20 @@ def free_memory(device: str) -> int:
         reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return int(torch.cuda.mem_get_info()[0]) + reserved
     return int(psutil.virtual_memory().available)
+
+
+def total_memory(device: str) -> int:
+    """Bytes that the device has."""
+    return int(torch.cuda.get_device_properties(0).total_memory if device == "cuda" else psutil.virtual_memory().total)
+
+
+def forget_peak(device: str) -> None:
+    """Let `peak_memory_mb` begin anew; outside of Linux a process's own peak cannot."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb(device: str) -> float:

@@ -87,7 +87,7 @@ def _tokenizer(folder: str) -> Any:
 
 def load_tokenizer(section: ModelSection) -> Any:
     """The base model's tokenizer, with a padding token (masks never depend on which)."""
-    return _tokenizer(str(base_folder(section)))
+    return _tokenizer(str(base_folder(section, weights=False)))
 
 
 def load_base(section: ModelSection) -> Any:

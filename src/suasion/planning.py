@@ -1,17 +1,20 @@
 """`suasion plan RECIPE`: what a recipe would take, measured on this machine and derived for this recipe, before anything runs.
 
 The measurement times the model itself for about 20 seconds: reading (prefill), writing (decoding in the recipe's batch) and
-training. The hours of a stage are its tokens divided by these rates; the token counts come from the corpus where it can be read.
+training, and notes the memory that the longest rows take. The hours of a stage are its tokens divided by these rates; the token counts come
+from the corpus where it can be read.
 Nothing here is used by a run.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -38,12 +41,16 @@ IMPORT_SECONDS = 12.0
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens a second of one model on one machine."""
+    """Tokens a second of one model on one machine; where it was measured the peak bytes of its memory too, inf where it did not suffice.
+
+    On a GPU peaks are of what torch holds there, on a CPU of this process.
+    """
 
     prefill: float
     decode: float
     train: float
-    weight_bytes: int
+    train_bytes: float | None = None
+    write_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Plan:
     rates: Rates
     disk_bytes: int
     free_bytes: int
+    memory_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     attainable: dict[str, int] = field(default_factory=dict)
     detectable: list[tuple[str, float | None]] = field(default_factory=list)
@@ -121,6 +129,9 @@ def make_plan(
 
     Raises UserError where the model, the corpus or imported labels cannot be read.
     """
+    from suasion.memory import total_memory
+    from suasion.models import compute
+
     corpus = read_corpus(recipe)
     sizes = corpus.attainable
     rates = measure(recipe, seconds)
@@ -130,6 +141,7 @@ def make_plan(
         rates=rates,
         disk_bytes=disk_bytes(recipe, corpus.examples),
         free_bytes=shutil.disk_usage(_existing(runs)).free,
+        memory_bytes=total_memory(compute(recipe.model).device),
         attainable=sizes,
         detectable=detectable(recipe, ASSUMED_ACCURACY if accuracy is None else accuracy, ASSUMED_TIES if ties is None else ties),
     )
@@ -155,17 +167,34 @@ def warnings(recipe: Recipe, plan: Plan) -> list[str]:
     for pool, size in plan.attainable.items() if any(plan.attainable.values()) else ():
         if (asked := getattr(recipe.pools, pool)) != "rest" and asked > size:
             found.append(f"pools.{pool} asks for {asked}, this corpus fills {size} beside the other pools.")
+    found += uncounted(recipe)
+    if recipe.processes.count * recipe.processes.machines > 1:
+        found.append("these hours and this memory are of one process; `processes` spreads the work over several.")
+    for what, peak, change in (
+        ("training", plan.rates.train_bytes, "recompute_activations: true in sft and the arms, then a lower micro_batch_tokens"),
+        ("sampling", plan.rates.write_bytes, "a lower sample.batch_size"),
+    ):
+        if peak is not None and peak > plan.memory_bytes:
+            needed = "more memory than there is" if peak == math.inf else f"{peak / 1e9:.1f} GB of memory"
+            found.append(
+                f"{what} needs {needed}, this machine has {plan.memory_bytes / 1e9:.1f} GB. Set {change}, or take another machine."
+            )
+    if plan.disk_bytes > plan.free_bytes:
+        found.append(f"needs {plan.disk_bytes / 1e9:.1f} GB of disk, {plan.free_bytes / 1e9:.1f} GB are free.")
+    return found
+
+
+def uncounted(recipe: Recipe) -> list[str]:
+    """What no plan of hours and memory knows: language models as judges, and servers."""
+    found = []
     for name, grader in (("ai-labels", recipe.ai_labels.grader), ("evaluate", recipe.evaluate.grader)):
         if any(family.startswith("llm ") for family in families(grader)):
             found.append(
-                f"{name} asks a language model: its time and price are not in these hours. `suasion grade bench` measures both."
+                f"{name} asks a language model: its time and price are not in these hours, nor is its memory. `suasion grade bench` measures time and "
+                "price."
             )
     if isinstance(recipe.sample.engine, EndpointEngine):
-        found.append(
-            "sample and evaluate draw from servers, whose speed is not known here: these hours are of this machine's own engine."
-        )
-    if plan.disk_bytes > plan.free_bytes:
-        found.append(f"needs {plan.disk_bytes / 1e9:.1f} GB of disk, {plan.free_bytes / 1e9:.1f} GB are free.")
+        found.append("sample and evaluate draw from servers, whose speed is not known here: these hours are of the local engine.")
     return found
 
 
@@ -283,7 +312,7 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
 
     from suasion.models import Lineage, as_it_samples, compute, load_tokenizer
     from suasion.sampling.draws import Draw
-    from suasion.sampling.local import decode
+    from suasion.sampling.local import decode, memory_needed
     from suasion.training.loop import policy_of
     from suasion.training.prefix import pack, reply_logits, sum_logprobs
 
@@ -291,27 +320,33 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     policy = policy_of(Lineage(recipe.model), recipe.sft.lora, recipe.seed, hardware)
     tokenizer = load_tokenizer(recipe.model)
     context = min(recipe.corpus.context_tokens, recipe.model.max_length - 96)
-    reply = 64
     ids = torch.arange(10, 10 + context) % 1000 + 10
-    packed = pack([(ids.tolist(), [ids[:reply].tolist(), ids[reply : 2 * reply].tolist()])]).to(hardware.device)
-    tokens = packed.input_ids.shape[1]
 
-    def forward() -> None:
+    def rows(count: int, prompt: int, reply: int) -> Any:
+        """So many rows of a prompt and two replies, of these lengths."""
+        words = (torch.arange(10, 10 + prompt + 2 * reply) % 1000 + 10).tolist()
+        row = (words[:prompt], [words[prompt : prompt + reply], words[prompt + reply :]])
+        return pack([row] * count).to(hardware.device)
+
+    def forward(packed: Any) -> None:
         with torch.no_grad(), hardware.autocast():
             reply_logits(policy, packed).sum().item()
 
-    def step() -> None:
+    def step(packed: Any) -> None:
         with hardware.autocast():
             logits = reply_logits(policy, packed)
         sum_logprobs(logits, packed).sum().backward()  # type: ignore[no-untyped-call]
         next(p.grad for p in policy.parameters() if p.grad is not None).sum().item()
         policy.zero_grad()
 
+    usual = rows(1, context, 64)
+    tokens = usual.input_ids.shape[1]
     policy.eval()
-    prefill = tokens / _seconds_each(forward, seconds * 0.25)
+    prefill = tokens / _seconds_each(lambda: forward(usual), seconds * 0.25)
     policy.train()
-    train = tokens / _seconds_each(step, seconds * 0.35)
-    weight_bytes = sum(p.numel() * p.element_size() for p in policy.parameters())
+    train = tokens / _seconds_each(lambda: step(usual), seconds * 0.35)
+    train_bytes = _peak(lambda: step(rows(*longest_rows(recipe, hardware))), hardware.device)
+    policy.zero_grad()
     model = as_it_samples(policy, hardware)
     batch = [Draw("plan", tuple(ids.tolist()), number) for number in range(recipe.sample.batch_size)]  # one prompt: read once
 
@@ -323,13 +358,39 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
 
     write(2)  # warm up
     first = write(1)  # reading, and the first token of every response
-    decode_rate = len(batch) * DECODE_TOKENS / max(write(DECODE_TOKENS + 1) - first, 1e-6)
+    last = 0.0
+
+    def write_on() -> None:
+        nonlocal last
+        last = write(DECODE_TOKENS + 1)
+
+    measured = _peak(write_on, hardware.device)
+    # Not written here: the rest of each response, and prompts of their own.
+    whole = replace(batch[0], prompt=tuple(range(recipe.corpus.context_tokens)))
+    apart = [replace(whole, prompt_id=str(number)) for number in range(len(batch))]
+    short = recipe.sample.model_copy(update={"max_new_tokens": DECODE_TOKENS + 1})
+    rest = memory_needed(model.config, apart, recipe.sample, hardware.dtype) - memory_needed(
+        model.config, batch, short, hardware.dtype
+    )
     return Rates(
         prefill=prefill,
-        decode=decode_rate,
+        decode=len(batch) * DECODE_TOKENS / max(last - first, 1e-6),
         train=train,
-        weight_bytes=weight_bytes,
+        train_bytes=train_bytes,
+        write_bytes=measured + rest,
     )
+
+
+def longest_rows(recipe: Recipe, hardware: Any) -> tuple[int, int, int]:
+    """The micro-batch that takes the most memory: how many rows, their prompt's tokens and those of each of two replies."""
+    from suasion.training.steps import token_budget
+
+    prompt, reply = recipe.corpus.context_tokens, recipe.sample.max_new_tokens
+    if not recipe.dpo or prompt + 2 * reply < recipe.model.max_length:
+        reply = recipe.corpus.reply_tokens[1] // 2
+        prompt = recipe.model.max_length - 2 * reply
+    budget = max(token_budget(section, hardware) for section in (recipe.sft, *recipe.dpo))
+    return max(1, budget // (prompt + 2 * reply)), prompt, reply
 
 
 def disk_bytes(recipe: Recipe, examples: int) -> int:
@@ -344,15 +405,22 @@ def disk_bytes(recipe: Recipe, examples: int) -> int:
 def print_plan(plan: Plan, console: Console) -> None:
     """The plan as tables."""
     table = Table(title=f"plan of {plan.recipe} on this machine", box=None, title_justify="left", pad_edge=False)
-    for column in ("stage", "rows", "optimiser steps", "time"):
+    for column in ("stage", "rows", "optimiser steps", "time", "memory"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     table.add_column("")
     for item in plan.stages:
-        table.add_row(item.stage, str(item.rows or ""), str(item.steps or ""), duration(item.seconds), f"[dim]{item.note}[/]")
-    table.add_row("[bold]together[/]", "", "", f"[bold]{duration(sum(item.seconds for item in plan.stages))}[/]", "")
+        peak = stage_memory(item, plan.rates)
+        memory = "" if peak is None else "too much" if peak == math.inf else f"{peak / 1e9:.1f} GB"
+        table.add_row(
+            item.stage, str(item.rows or ""), str(item.steps or ""), duration(item.seconds), memory, f"[dim]{item.note}[/]"
+        )
+    table.add_row("[bold]together[/]", "", "", f"[bold]{duration(sum(item.seconds for item in plan.stages))}[/]", "", "")
     console.print(table)
     rates = plan.rates
     console.print(f"measured: {rates.prefill:.0f} tokens/s read, {rates.decode:.0f} written, {rates.train:.0f} trained")
+    console.print(
+        f"memory: peaks on the longest rows, of {plan.memory_bytes / 1e9:.1f} GB here; a CPU's allocator takes more as lengths vary"
+    )
     console.print(f"disk: {plan.disk_bytes / 1e6:.0f} MB of {plan.free_bytes / 1e9:.0f} GB free")
     sizes = ", ".join(f"{name} {size}" for name, size in plan.attainable.items()) if any(plan.attainable.values()) else "none"
     console.print(f"pools this corpus can fill: {sizes}")
@@ -361,6 +429,13 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"  {what}: {'none below 100%' if rate is None else f'{rate:.0%}'}")
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
+
+
+def stage_memory(stage: StagePlan, rates: Rates) -> float | None:
+    """Peak bytes of a stage that trains or writes, where they were measured."""
+    if stage.stage in ("sample", "evaluate"):
+        return rates.write_bytes
+    return rates.train_bytes if stage.stage == "sft" or stage.stage.startswith("dpo-") else None
 
 
 def _seconds_each(action: Callable[[], None], budget: float) -> float:
@@ -372,6 +447,20 @@ def _seconds_each(action: Callable[[], None], budget: float) -> float:
         action()
         count += 1
     return (time.perf_counter() - began) / count
+
+
+def _peak(action: Callable[[], None], device: str) -> float:
+    """Peak bytes of memory while something is done, inf where they do not suffice."""
+    from suasion.memory import OUT_OF_MEMORY, forget_peak, is_out_of_memory, peak_memory_mb
+
+    forget_peak(device)
+    try:
+        action()
+    except OUT_OF_MEMORY as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.inf
+    return peak_memory_mb(device) * 1e6
 
 
 def _existing(path: Path) -> Path:

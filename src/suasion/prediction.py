@@ -6,7 +6,7 @@ one of the table and was measured; otherwise the assumed ones below, which the n
 - reading a token costs 2 FLOPs a parameter, training one with adapters 4 (forward, and backward through frozen weights to the inputs;
   Kaplan et al. 2020, arXiv 2001.08361, less the weight gradients), plus attention: 4 or 8 FLOPs x layers x width x positions seen.
 - writing a token reads all weights and the cache of every response in the batch once (Pope et al. 2022, arXiv 2211.05102), and no
-  sooner than the host can start the layers' kernels.
+  sooner than the host can start the layers' kernels. Both are bf16 there, as the local engine holds them (models.py: round_for_decoding).
 
 Nothing here is used by a run.
 """
@@ -18,18 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from suasion.machines import Machine, MachineTable
-from suasion.planning import Lengths, Rates, StagePlan, disk_bytes, sft_rows, stage_plans
+from suasion.planning import Lengths, Rates, StagePlan, disk_bytes, sft_rows, stage_plans, uncounted
 from suasion.progress import duration
 from suasion.recipe import Recipe
+from suasion.sampling.local import batch_bytes
 from suasion.sections.sampling import EndpointEngine
 from suasion.sections.training import GPU_TOKENS
 
 GIB = 2**30
 HOST_BYTES = 4 * 10**9  # Python, torch and its CUDA libraries, page cache that must stay
-WEIGHT_BYTES = 4  # weights are kept in fp32, compute is autocast
+WEIGHT_BYTES = 4  # weights are loaded in fp32
+ROUNDED_BYTES = 2  # the linear layers that are not trained, rounded once where compute is bf16 (models.py); tables of tokens stay
 FOUR_BITS = (
     4 + 8 / 64 + 32 / (64 * 256)
 ) / 8  # bytes a weight: NF4, a byte of scale for 64, a float for 256 of those (QLoRA, arXiv 2305.14314)
+SHORTER = "shorter rows (model.max_length, corpus.context_tokens, sample.max_new_tokens) or a larger GPU"
 MEMORY_SHARE = 0.92  # of a GPU's memory: the rest is the context and fragmentation
 
 
@@ -107,7 +110,7 @@ def read_sizes(recipe: Recipe) -> Sizes:
     from suasion.planning import read_corpus
 
     corpus = read_corpus(recipe)
-    config = AutoConfig.from_pretrained(base_folder(recipe.model), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(base_folder(recipe.model, weights=False), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shape = shape_of(config, sum(parameter.numel() for parameter in model.parameters()))
@@ -126,21 +129,22 @@ def flops_a_token(shape: Shape, positions: float, trained: bool) -> float:
     return factor * (shape.parameters + 2 * shape.layers * shape.width * positions)
 
 
-def rates_of(shape: Shape, lengths: Lengths, batch: int, machine: Machine, shares: Shares) -> Rates:
-    """Tokens a second of one GPU of the machine."""
-    assert machine.gpu is not None
+def rates_of(
+    shape: Shape, lengths: Lengths, batch: int, machine: Machine, shares: Shares, number_bytes: int = ROUNDED_BYTES
+) -> Rates:
+    """Tokens a second of one GPU of the machine. number_bytes: of a weight and of a number of the cache while writing."""
     peak, bandwidth = machine.gpu.tflops * 1e12, machine.gpu.gbps * 1e9
     positions = (lengths.context + lengths.reply) / 2
-    cached = (lengths.context + lengths.reply / 2) * shape.layers * shape.cache_width * WEIGHT_BYTES
+    cached = (lengths.context + lengths.reply / 2) * shape.layers * shape.cache_width
+    looked_up = (shape.tables - 1) * shape.vocabulary * shape.width  # embeddings that are no head: a row a token
     step = max(
-        (WEIGHT_BYTES * shape.parameters + batch * cached) / (bandwidth * shares.decode),
+        number_bytes * (shape.parameters - looked_up + batch * cached) / (bandwidth * shares.decode),
         shape.layers * shares.layer_seconds,
     )
     return Rates(
         prefill=peak * shares.prefill / flops_a_token(shape, positions, trained=False),
         decode=batch / step,
         train=peak * shares.train / flops_a_token(shape, positions, trained=True),
-        weight_bytes=WEIGHT_BYTES * shape.parameters,
     )
 
 
@@ -152,9 +156,17 @@ def measured_shares(rates: Rates, shape: Shape, lengths: Lengths, batch: int, ma
     )  # fmt: skip
 
 
-def held_bytes(recipe: Recipe, shape: Shape) -> int:
-    """Bytes of the weights while a model is trained or sampled."""
+def loaded_bytes(recipe: Recipe, shape: Shape) -> int:
+    """Bytes of the weights as they are loaded."""
     return four_bit_bytes(shape) if recipe.model.quantization else WEIGHT_BYTES * shape.parameters
+
+
+def rounded_bytes(recipe: Recipe, shape: Shape) -> int:
+    """Bytes of the weights at work, once linear layers are rounded; a head that is tied to the embeddings has a copy of its own then."""
+    if recipe.model.quantization or recipe.model.dtype == "float32":
+        return loaded_bytes(recipe, shape)
+    table = shape.vocabulary * shape.width
+    return (WEIGHT_BYTES + ROUNDED_BYTES) * table + ROUNDED_BYTES * (shape.parameters - shape.tables * table)
 
 
 def four_bit_bytes(shape: Shape) -> int:
@@ -164,25 +176,33 @@ def four_bit_bytes(shape: Shape) -> int:
 
 
 def gpu_memory(recipe: Recipe, shape: Shape, processes: int) -> dict[str, int]:
-    """Peak bytes on one GPU by stage: weights, adapters with their optimiser state, and what backward or the cache needs.
+    """Peak bytes on one GPU by stage: the weights as they are loaded or, once rounded, with adapters and their optimiser state and what
+    backward or the cache needs, whichever is more.
 
-    A response keeps its cache and six rows of the vocabulary (sampling/local.py). Where servers sample, a GPU here holds a model only to compare
-    it with theirs, and for the likelihood of real replies.
+    A batch of responses takes what the sampler itself reckons with (sampling/local.py), each to a prompt of its own, as in `evaluate`. Where
+    servers sample, a GPU here holds a model only to compare it with theirs, and for the likelihood of real replies.
     """
     found = {}
     for stage in ("sft", *(f"dpo-{arm.name}" for arm in recipe.dpo)):
-        fixed, per_token, longest, budget = training_memory(stage, recipe, shape, processes)
-        found[stage] = fixed + per_token * max(budget, longest)
-    weights = held_bytes(recipe, shape)
+        loaded, fixed, per_token, longest, budget = training_memory(stage, recipe, shape, processes)
+        found[stage] = max(loaded, fixed + per_token * max(budget, longest))
+    loaded = loaded_bytes(recipe, shape)
     if isinstance(recipe.sample.engine, EndpointEngine):
         compared = recipe.sample.engine.parity_prompts > 0
-        found["sample"] = weights if compared else 0
-        found["evaluate"] = weights if compared or recipe.evaluate.likelihood_pairs > 0 else 0
+        found["sample"] = loaded if compared else 0
+        found["evaluate"] = loaded if compared or recipe.evaluate.likelihood_pairs > 0 else 0
         return found
-    positions = recipe.corpus.context_tokens + recipe.sample.max_new_tokens
-    response = positions * shape.cache_width * (shape.layers + 1) * 4 + 6 * shape.vocabulary * 4
-    found["sample"] = found["evaluate"] = weights + recipe.sample.batch_size * response
+    found["sample"] = found["evaluate"] = max(loaded, sampling_memory(recipe, shape, recipe.sample.batch_size))
     return found
+
+
+def sampling_memory(recipe: Recipe, shape: Shape, responses: int) -> int:
+    """Bytes on a GPU while so many responses are written at once."""
+    batch = batch_bytes(
+        responses, responses, recipe.corpus.context_tokens, recipe.sample.max_new_tokens, shape.layers * shape.cache_width, shape.inner,
+        shape.width, shape.vocabulary, "float32" if recipe.model.dtype == "float32" else "bfloat16",
+    )  # fmt: skip
+    return rounded_bytes(recipe, shape) + batch
 
 
 def host_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
@@ -197,14 +217,15 @@ def host_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
         else:
             alone = recipe.processes.profile == "fsdp2"
         copies = 0 if on_gpu == 0 else 1 if alone else count
-        found[stage] = HOST_BYTES + held_bytes(recipe, shape) * copies
+        found[stage] = HOST_BYTES + loaded_bytes(recipe, shape) * copies
     return found
 
 
 def training_memory(
     stage: str, recipe: Recipe, shape: Shape, processes: int, recompute: bool | None = None
-) -> tuple[int, int, int, int]:
-    """Of a training: bytes that are always there, bytes a token of a micro-batch, tokens of the longest row, and the micro-batch's tokens.
+) -> tuple[int, int, int, int, int]:
+    """Of a training: bytes while it loads, bytes that are always there, bytes a token of a micro-batch, tokens of the longest row, and the
+    micro-batch's tokens.
 
     A token keeps about 12 rows of the model's width and 4 of its inner width a layer in bf16, and three fp32 rows of the vocabulary where
     it belongs to a reply. recompute: in the place of the section's recompute_activations; a token then keeps what enters each layer, in
@@ -217,9 +238,11 @@ def training_memory(
         replies = 2 * recipe.sample.max_new_tokens
         longest = recipe.corpus.context_tokens + replies
     share = replies / (recipe.corpus.context_tokens + replies)
-    weights = held_bytes(recipe, shape)
-    if recipe.processes.profile == "fsdp2":
-        weights //= processes
+    loaded = weights = loaded_bytes(recipe, shape)
+    if recipe.processes.profile == "fsdp2":  # shards are held in fp32
+        loaded = weights = weights // processes
+    elif section.lora is not None:
+        weights = rounded_bytes(recipe, shape)
     # value, gradient and two moments of AdamW
     trained = (
         shape.parameters if section.lora is None else shape.layers * len(section.lora.targets) * section.lora.r * 2 * shape.width
@@ -228,7 +251,7 @@ def training_memory(
     recompute = section.recompute_activations if recompute is None else recompute
     layers = shape.layers * shape.width * 4 + layer if recompute else shape.layers * layer
     token = layers + int(share * shape.vocabulary * 4 * 3)
-    return weights + 16 * trained, token, longest, section.micro_batch_tokens or GPU_TOKENS
+    return loaded, weights + 16 * trained, token, longest, section.micro_batch_tokens or GPU_TOKENS
 
 
 def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | None = None) -> Prediction:
@@ -236,17 +259,17 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
     shares = shares or Shares()
     shape, lengths = sizes.shape, sizes.lengths
     count, machines = recipe.processes.count, recipe.processes.machines
-    rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares)
-    spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines, rates.weight_bytes)
+    number_bytes = WEIGHT_BYTES if recipe.model.dtype == "float32" else ROUNDED_BYTES
+    rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares, number_bytes)
+    spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines)
     memory = gpu_memory(recipe, shape, count * machines)
     host = host_memory(recipe, shape)
     problems = []
-    assert machine.gpu is not None
     room = machine.gpu.gib * GIB * MEMORY_SHARE
     for stage, needed in memory.items():
         if needed > room:
             problems.append(
-                f"{stage} needs {needed / GIB:.1f} GiB of the GPU's {machine.gpu.gib:g}: {advice(stage, needed, room, recipe, shape)}"
+                f"{stage} needs {needed / GIB:.1f} GiB of the GPU's {machine.gpu.gib:g}: {advice(stage, room, recipe, shape)}"
             )
     largest = max(host, key=lambda stage: host[stage])
     if host[largest] > machine.host_gib * GIB:
@@ -254,62 +277,68 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
             f"loading for {largest} needs {host[largest] / GIB:.1f} GiB of the host's {machine.host_gib:g}: take a larger size of the same machine"
         )
     if count > machine.gpus:
-        problems.append(f"processes.count is {count}, it has {machine.gpus} GPUs")
+        problems.append(f"processes.count is {count}, it has {machine.gpus} GPUs: processes.count={machine.gpus}")
     return Prediction(
         stage_plans(recipe, lengths, spread, sizes.sft_rows, sizes.imported), spread, memory, host, problems, shares
     )
 
 
-def advice(stage: str, needed: int, room: float, recipe: Recipe, shape: Shape) -> str:
+def advice(stage: str, room: float, recipe: Recipe, shape: Shape) -> str:
     """What to change so that a stage fits, with the value where one setting will do."""
-    weights = held_bytes(recipe, shape)
+    weights = loaded_bytes(recipe, shape)
     serving = stage in ("sample", "evaluate")
     if weights > room and serving:
         return (
             "the weights alone do not fit: a larger GPU, or servers that split a model (sample.engine), with their parity_prompts and "
             "evaluate.likelihood_pairs at 0"
         )
-    if weights > room:
-        return "the weights alone do not fit: a larger GPU, model.quantization=nf4 or processes.profile=fsdp2 on several"
     if serving:
-        return f"sample.batch_size={max(1, int(recipe.sample.batch_size * (room - weights) / (needed - weights)))}"
+        size = recipe.sample.batch_size
+        while size and sampling_memory(recipe, shape, size) > room:
+            size -= 1
+        return f"sample.batch_size={size} (it halves itself while it runs, too)" if size else SHORTER
     key = "sft" if stage == "sft" else f"dpo.{stage.removeprefix('dpo-')}"
     section = recipe.sft if stage == "sft" else recipe.arm(stage.removeprefix("dpo-"))
     for recompute in sorted({section.recompute_activations, True}):
-        fixed, per_token, longest, budget = training_memory(
+        loaded, fixed, per_token, longest, budget = training_memory(
             stage, recipe, shape, recipe.processes.count * recipe.processes.machines, recompute
         )
+        if loaded > room:
+            return "the weights alone do not fit: a larger GPU, model.quantization=nf4 or processes.profile=fsdp2 on several"
         fits = int((room - fixed) / per_token)
         if fits >= longest:
             settings = [f"{key}.recompute_activations=true"] if recompute > section.recompute_activations else []
             settings += [f"{key}.micro_batch_tokens={fits}"] if fits < budget else []
             return " and ".join(settings)
-    return "shorter rows (model.max_length, sample.max_new_tokens) or a larger GPU"
+    return SHORTER
 
 
 def lines(recipe: Recipe, sizes: Sizes, names: list[str], table: MachineTable, shares: Shares | None = None) -> list[str]:
-    """Hours, dollars and memory on each named machine, a line a stage that takes a GPU, and what will not fit."""
+    """Hours, dollars and memory on each named machine, a line a stage, what will not fit, and what these numbers leave out."""
     out = []
     for name in names:
         machine = table.machines[name]
         made = predict(recipe, sizes, machine, shares)
-        price = (
-            "price asked at launch"
-            if machine.price is None
-            else f"${made.seconds / 3600 * machine.price * recipe.processes.machines:.2f} at ${machine.price:.4g} an hour"
-        )
-        gpu = machine.gpu
-        assert gpu is not None
+        gpu, price = machine.gpu, machine.price
+
+        def dollars(seconds: float, price: float | None = price) -> str:
+            return "" if price is None else f"${seconds / 3600 * price * recipe.processes.machines:.2f}"
+
         out.append(
-            f"{name} ({machine.gpus} x {gpu.name}, {gpu.gib:g} GiB; host {machine.host_gib:g} GiB): {duration(made.seconds)}, {price} of {table.date}"
+            f"{name} ({machine.gpus} x {gpu.name}, {gpu.gib:g} GiB; host {machine.host_gib:g} GiB): {duration(made.seconds)}, "
+            + ("price asked at launch" if price is None else f"{dollars(made.seconds)} at ${price:.4g} an hour of {table.date}")
         )
+        if recipe.processes.count < machine.gpus:
+            out.append(
+                f"  uses {recipe.processes.count} of its {machine.gpus} GPUs; all of them: processes.profile=ddp processes.count={machine.gpus}"
+            )
         for stage in made.stages:
+            line = f"  {stage.stage:<22}{duration(stage.seconds):>14}{dollars(stage.seconds):>9}"
             if stage.stage in made.gpu_bytes:
-                cost = "" if machine.price is None else f"${stage.seconds / 3600 * machine.price * recipe.processes.machines:.2f}"
-                out.append(
-                    f"  {stage.stage:<22}{duration(stage.seconds):>14}{cost:>9}{made.gpu_bytes[stage.stage] / GIB:8.1f} GiB GPU"
-                    f"{made.host_bytes[stage.stage] / GIB:8.1f} GiB host"
-                )
+                line += f"{made.gpu_bytes[stage.stage] / GIB:8.1f} GiB GPU{made.host_bytes[stage.stage] / GIB:8.1f} GiB host"
+            out.append(line)
         out += [f"  does not fit: {problem}" for problem in made.problems]
     out.append(f"rates {(shares or Shares()).source}; peaks and prices: {table.date}, machines.yaml")
-    return out
+    if recipe.model.dtype == "float32":
+        out.append("warning: model.dtype is float32, these peaks are of bf16: hours will be longer.")
+    return out + [f"warning: {warning}" for warning in uncounted(recipe)]

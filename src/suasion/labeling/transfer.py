@@ -6,6 +6,7 @@ its texts, counted apart everywhere, and never mixed with labels on what this ru
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from suasion.errors import UserError
 from suasion.labeling.desk import Desk
 from suasion.labeling.events import EventKind, Given, HumanLabel, State, snapshot, verdict_rows
 from suasion.labeling.exchange.answers import Answer
+from suasion.labeling.work import Task
 from suasion.records import Example, Row, canonical_json, content_id, read_rows, turns_key
 
 SWAPPED = {"a": "b", "b": "a", "tie": "tie", "none": "none"}
@@ -87,10 +89,16 @@ def verdicts(desk: Desk, run: Path) -> Sequence[Row]:
 
 
 def take_in(desk: Desk, answers: Sequence[Answer]) -> Taken:
-    """Store answers as events, all or none. The same file twice changes nothing, and the first answer of a person to a task binds."""
+    """Store answers as events, all or none. The same file twice changes nothing, and the first answer of a person to a task binds.
+
+    An answer that names no task of this run is its person's first to the pair: the pair's first label where there is none, else its second.
+    """
     state, work = desk.refresh(), desk.work
     pairs = {(turns_key(item.turns), item.a, item.b): pair for pair, item in work.items.items()}
-    first_tasks = {task.pair_id: task.id for task in sorted(work.tasks, key=lambda task: task.kind == "second")}
+    tasks: dict[str, list[Task]] = defaultdict(list)
+    for task in sorted(work.tasks, key=lambda task: task.kind == "second"):
+        tasks[task.pair_id].append(task)
+    done = {task.id for task in work.tasks if state.done(task)}
     texts = desk.store.texts()
     fresh: dict[str, dict[str, Any]] = {}
     gone = {str(event.body["annotator"]) for event in state.erasures}
@@ -106,13 +114,21 @@ def take_in(desk: Desk, answers: Sequence[Answer]) -> Taken:
         if pair is None and swapped is not None:
             pair, label = swapped, _swap(label)
         if pair is not None:
-            task = work.by_id.get(label.task)
-            task = task if task is not None and task.pair_id == pair else work.by_id[first_tasks[pair]]
+            named = work.by_id.get(label.task)
+            if named is not None and named.pair_id == pair:
+                task = named
+            else:
+                who = label.annotator
+                theirs = [one for one in tasks[pair] if (who, one.id) in state.labels or (who, one.id) in own]
+                wanting = [one for one in tasks[pair] if one.id not in done]
+                task = [*theirs, *wanting, *tasks[pair]][0]
             label = label.model_copy(update={"task": task.id, "kind": task.kind, "pair_id": pair, "off_policy": False})
             if _answered(state, label) or (label.annotator, task.id) in own:
                 known += 1
                 continue
             own.append((label.annotator, task.id))
+            if label.label != "none":
+                done.add(task.id)
         else:
             body = answer.model_dump(mode="json", exclude={"label"})
             mine = label.pair_id

@@ -83,9 +83,11 @@ def told(doing: str) -> Iterator[None]:
             step = (
                 "Your credentials are expired or wrong: renew them (aws sso login, or new keys) and run the same command again."
             )
+        elif code == "NoSuchBucket":
+            step = "Make it with: aws s3 mb s3://BUCKET, or name another place."
         elif code in FORBIDDEN:
             step = "Your credentials may not do this; docs/EXECUTION_GUIDE.md lists the permissions that launch needs."
-        raise UserError(f"could not {doing}: AWS says {code}: {message} {step}") from error
+        raise UserError(f"could not {doing}: AWS says {code}: {message.rstrip('.')}. {step}") from error
     except BotoCoreError as error:
         raise UserError(f"could not {doing}: {error}. Look at the network and at AWS's status, then try again.") from error
 

@@ -93,6 +93,8 @@ def quote(offers: Sequence[Offer], known: Candidates, session: Session) -> list[
             lines.append(
                 "  [yellow]the caps end the machine before that: raise --max-hours or --max-dollars, or the run stops half-way[/]"
             )
+    else:
+        lines.append(f"  [yellow]no estimate: {best.type} is not in the table of machines (suasion plan --on all lists it)[/]")
     lines.append(
         f"caps: ${session.max_dollars:.2f} and {session.max_hours:g} h; this machine ends itself after {duration(hours * 3600)}"
     )

@@ -153,17 +153,39 @@ class LocalSampler:
 
 
 def memory_needed(config: Any, batch: Sequence[Draw], settings: SampleSection, dtype: str) -> int:
-    """Estimated bytes of one batch beyond the weights: the cache for all responses and, until it is there, that of the prompts; the
-    widest activations of the prefill; and six rows of the vocabulary a response while a token is chosen. Numbers take four bytes, two in
-    the cache where compute is bf16."""
+    """Estimated bytes of one batch beyond the weights."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    longest = max(len(draw.prompt) for draw in batch)
-    prompts = len({draw.prompt_id for draw in batch})
-    position = 2 * heads * width * config.num_hidden_layers
-    cache = len(batch) * (longest + settings.max_new_tokens) * position * (2 if dtype == "bfloat16" else 4)
-    prefill = prompts * longest * (position + 3 * config.intermediate_size + 8 * config.hidden_size)
-    return int(cache + 4 * (prefill + 6 * len(batch) * config.vocab_size))
+    return batch_bytes(
+        len(batch),
+        len({draw.prompt_id for draw in batch}),
+        max(len(draw.prompt) for draw in batch),
+        settings.max_new_tokens,
+        2 * heads * width * config.num_hidden_layers,
+        config.intermediate_size,
+        config.hidden_size,
+        config.vocab_size,
+        dtype,
+    )
+
+
+def batch_bytes(
+    responses: int,
+    prompts: int,
+    longest: int,
+    new_tokens: int,
+    position: int,
+    inner: int,
+    width: int,
+    vocabulary: int,
+    dtype: str,
+) -> int:
+    """Bytes of a batch of so many responses to so many prompts, the longest of so many tokens: the cache for all responses (`position`
+    numbers a token, of all layers) and, until it is there, that of the prompts; the widest activations of the prefill; and six rows of the
+    vocabulary a response while a token is chosen. Numbers take four bytes, two in the cache where compute is bf16."""
+    cache = responses * (longest + new_tokens) * position * (2 if dtype == "bfloat16" else 4)
+    prefill = prompts * longest * (position + 3 * inner + 8 * width)
+    return int(cache + 4 * (prefill + 6 * responses * vocabulary))
 
 
 @torch.no_grad()
