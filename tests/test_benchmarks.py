@@ -242,7 +242,7 @@ def test_predictions_stand_beside_what_a_machine_does(
 
     shape = Shape(parameters=0, layers=2, width=32, inner=48, vocabulary=2_500, cache_width=32, tables=2)
     options = (
-        "model.max_length=256",
+        "model.max_length=320",
         "corpus.context_tokens=96",
         "sample.max_new_tokens=32",
         "corpus.reply_tokens=[10,32]",

@@ -580,6 +580,7 @@ def test_what_the_machine_would_lack_is_said_before_it_is_rented(aws, start, mon
     assert "give --pass-env OPENAI_API_KEY" in str(start(*judged).exception)
     done = start(*judged, "--pass-env", "OPENAI_API_KEY", answer="n\n")
     assert done.exit_code == 0, done.output
+    assert "ai-labels asks a language model: its time and price are not in these hours" in " ".join(done.output.split())
     here = ("--set", "ai_labels.grader={kind: llm, model: some-model, base_url: 'http://127.0.0.1:8000/v1'}")
     assert "cannot reach" in str(start(*here).exception)
     tracked = ("--set", "sft.report_to=wandb")

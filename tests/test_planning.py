@@ -160,7 +160,7 @@ def test_a_plan_says_what_it_cannot_know() -> None:
         ),
     )
     said = planning.warnings(recipe, Plan("x", [], RATES, disk_bytes=1, free_bytes=2, attainable={"rlaif": 16}))
-    assert said[0].startswith("ai-labels asks a language model: its time and price are not in these hours, nor is its memory")
+    assert said[0].startswith("ai-labels asks a language model: its time and price are not in these hours")
     assert "draw from servers" in said[1]
     assert len(said) == 2
 

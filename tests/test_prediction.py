@@ -98,7 +98,8 @@ def test_more_processes_train_faster_and_need_gpus(full) -> None:
     assert predict(two_machines, sizes(), machine).rates.decode == 4 * one.rates.decode
     assert four.problems == []
     too_many = predict(several, sizes(), load_machines().machines["g5.xlarge"])
-    assert any("it has 1 GPUs" in problem for problem in too_many.problems)
+    assert "processes.count is 4, it has 1 GPUs: processes.count=1 and processes.profile=one" in too_many.problems
+    load_recipe(RECIPES / "persuasion-rl.yaml", ("processes.count=1", "processes.profile=one"))
     sharded = several.model_copy(update={"processes": several.processes.model_copy(update={"profile": "fsdp2"})})
     assert gpu_memory(sharded, HALF_BILLION, 4)["sft"] < gpu_memory(several, HALF_BILLION, 4)["sft"]
 
@@ -208,6 +209,27 @@ def test_a_batch_takes_what_the_sampler_reckons_with(full) -> None:
     assert gpu_memory(full, HALF_BILLION, 1)["evaluate"] == rounded_bytes(full, HALF_BILLION) + reckoned
 
 
+def test_a_local_judge_takes_its_fp32_weights(full) -> None:
+    """7B are 28 GB: too much for 24 of a GPU and for 16 of a host, on which two would have to be loaded by two processes."""
+    machine = load_machines().machines["g5.xlarge"]
+    judged = replace(sizes(), judges={"ai-labels": 28 * 10**9})
+    made = predict(full, judged, machine)
+    assert (made.gpu_bytes["ai-labels"], made.host_bytes["ai-labels"]) == (28 * 10**9, 32 * 10**9)
+    assert made.problems[0].startswith("ai-labels needs 26.1 GiB of the GPU's 22.5: a smaller model as judge")
+    assert made.problems[1].startswith("loading for ai-labels needs 29.8 GiB of the host's 16")
+    small = predict(full, replace(sizes(), judges={"evaluate": 10**9}), machine)
+    assert small.problems == []
+    assert small.gpu_bytes == predict(full, sizes(), machine).gpu_bytes
+
+
+def test_sizes_know_the_models_that_judge_here() -> None:
+    judge = "{kind: llm, provider: local, model: 'bundled:smollm2-135m-instruct'}"
+    alone, judged = (read_sizes(load_recipe(RECIPES / "tiny.yaml", options)) for options in ((), (f"ai_labels.grader={judge}",)))
+    assert alone.judges == {}
+    assert judged.judges == {"ai-labels": 4 * 134_515_008}
+    assert judged.disk_bytes - alone.disk_bytes == 4 * 134_515_008
+
+
 def test_a_model_that_does_not_fit_at_all_is_told_so(full) -> None:
     giant = replace(HALF_BILLION, parameters=70 * 10**9)
     problems = predict(full, sizes(giant), load_machines().machines["g5.xlarge"]).problems
@@ -252,7 +274,7 @@ def test_a_plan_of_a_hubs_model_fetches_no_weights(tiny, tmp_path, monkeypatch) 
     """Of 70B they would be 140 GB, for a question about money."""
     import huggingface_hub
 
-    from suasion.models import base_folder
+    from suasion.bases import base_folder
 
     asked = []
 

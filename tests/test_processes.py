@@ -113,15 +113,16 @@ def test_two_processes_train_as_one(alone, tmp_path, profile) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("profile", "count"), [("ddp", 4), ("fsdp2", 2), ("fsdp2", 4)])
-def test_every_profile_trains_as_one_through_the_whole_run(alone, tmp_path, profile, count) -> None:
+def test_every_profile_trains_samples_and_trains_an_arm_as_one(alone, tmp_path, profile, count) -> None:
+    """Every kind of stage that is spread; the other arms and the evaluation are more of the same, at minutes in four processes on two cores."""
     whole, _ = run(load_recipe(TINY, (*STILL, *UNEVEN)), copy_of(alone, tmp_path / "one"), last="dpo-rlaif")
     recipe = load_recipe(TINY, (*STILL, *UNEVEN, f"processes={{profile: {profile}, count: {count}}}"))
-    directory, _ = run(recipe, copy_of(alone, tmp_path / "several"), redo="sft")
+    directory, _ = run(recipe, copy_of(alone, tmp_path / "several"), last="dpo-rlaif", redo="sft")
     assert_alike(metrics(whole.path, "03-sft"), metrics(directory.path, "03-sft"))
     first = [metrics(path, "08-dpo-rlaif")[0] for path in (whole.path, directory.path)]
     assert first[1]["loss"] == pytest.approx(first[0]["loss"], abs=1e-5)  # ln 2; what follows depends on what sft wrote
-    faults = verify_run(directory.path).faults
-    assert faults == []
+    assert verify_run(directory.path).faults == []
+    assert directory.manifest("dpo-rlaif").facts["processes"] == {"profile": profile, "count": count}
 
 
 @pytest.mark.slow

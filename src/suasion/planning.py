@@ -185,13 +185,12 @@ def warnings(recipe: Recipe, plan: Plan) -> list[str]:
 
 
 def uncounted(recipe: Recipe) -> list[str]:
-    """What no plan of hours and memory knows: language models as judges, and servers."""
+    """What no plan of hours knows: language models as judges, and servers."""
     found = []
     for name, grader in (("ai-labels", recipe.ai_labels.grader), ("evaluate", recipe.evaluate.grader)):
         if any(family.startswith("llm ") for family in families(grader)):
             found.append(
-                f"{name} asks a language model: its time and price are not in these hours, nor is its memory. `suasion grade bench` measures time and "
-                "price."
+                f"{name} asks a language model: its time and price are not in these hours. `suasion grade bench` measures both."
             )
     if isinstance(recipe.sample.engine, EndpointEngine):
         found.append("sample and evaluate draw from servers, whose speed is not known here: these hours are of the local engine.")

@@ -14,7 +14,7 @@ Nothing here is used by a run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from suasion.machines import Machine, MachineTable
@@ -22,8 +22,9 @@ from suasion.planning import Lengths, Rates, StagePlan, disk_bytes, sft_rows, st
 from suasion.progress import duration
 from suasion.recipe import Recipe
 from suasion.sampling.local import batch_bytes
+from suasion.sections.grading import models_of
 from suasion.sections.sampling import EndpointEngine
-from suasion.sections.training import GPU_TOKENS
+from suasion.sections.training import GPU_TOKENS, ModelSection
 
 GIB = 2**30
 HOST_BYTES = 4 * 10**9  # Python, torch and its CUDA libraries, page cache that must stay
@@ -33,6 +34,7 @@ FOUR_BITS = (
     4 + 8 / 64 + 32 / (64 * 256)
 ) / 8  # bytes a weight: NF4, a byte of scale for 64, a float for 256 of those (QLoRA, arXiv 2305.14314)
 SHORTER = "shorter rows (model.max_length, corpus.context_tokens, sample.max_new_tokens) or a larger GPU"
+SMALLER_JUDGE = "a smaller model as judge, a larger GPU, or a server that holds it (provider, base_url)"
 MEMORY_SHARE = 0.92  # of a GPU's memory: the rest is the context and fragmentation
 
 
@@ -51,13 +53,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the recipe's corpus and model amount to; the same for every machine."""
+    """What the recipe's corpus and models amount to; the same for every machine. judges: stage -> bytes of the largest language model that judges in
+    its process, which is read in fp32 whatever the hardware."""
 
     shape: Shape
     lengths: Lengths
     sft_rows: int
     imported: int | None
     disk_bytes: int
+    judges: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,25 +106,38 @@ def shape_of(config: Any, parameters: int) -> Shape:
 
 
 def read_sizes(recipe: Recipe) -> Sizes:
-    """Read the corpus and the model's config (not its weights). Raises UserError where one of them cannot be read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from suasion.bases import base_folder
+    """Read the corpus and the models' configs (not their weights). Raises UserError where one of them cannot be read."""
     from suasion.planning import read_corpus
 
     corpus = read_corpus(recipe)
-    config = AutoConfig.from_pretrained(base_folder(recipe.model, weights=False), trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    shape = shape_of(config, sum(parameter.numel() for parameter in model.parameters()))
+    shape = read_shape(recipe.model)
+    graders = {"ai-labels": recipe.ai_labels.grader, "evaluate": recipe.evaluate.grader}
+    read = {
+        stage: {section.base: WEIGHT_BYTES * read_shape(section).parameters for section in models_of(grader)}
+        for stage, grader in graders.items()
+    }
+    models = {recipe.model.base: WEIGHT_BYTES * shape.parameters} | read["ai-labels"] | read["evaluate"]
     return Sizes(
         shape,
         corpus.lengths,
         sft_rows(recipe, corpus.attainable),
         corpus.imported,
-        disk_bytes(recipe, corpus.examples) + 4 * shape.parameters,
+        disk_bytes(recipe, corpus.examples) + sum(models.values()),
+        {stage: max(found.values()) for stage, found in read.items() if found},
     )
+
+
+def read_shape(section: ModelSection) -> Shape:
+    """The sizes of a model, from its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from suasion.bases import base_folder
+
+    config = AutoConfig.from_pretrained(base_folder(section, weights=False), trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return shape_of(config, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def flops_a_token(shape: Shape, positions: float, trained: bool) -> float:
@@ -197,10 +214,11 @@ def gpu_memory(recipe: Recipe, shape: Shape, processes: int) -> dict[str, int]:
 
 
 def sampling_memory(recipe: Recipe, shape: Shape, responses: int) -> int:
-    """Bytes on a GPU while so many responses are written at once."""
+    """Bytes on a GPU while so many responses are written at once. The continuous engine keeps its cache in fp32 (sampling/continuous.py)."""
+    whole = recipe.model.dtype == "float32" or recipe.sample.engine.kind == "continuous"
     batch = batch_bytes(
         responses, responses, recipe.corpus.context_tokens, recipe.sample.max_new_tokens, shape.layers * shape.cache_width, shape.inner,
-        shape.width, shape.vocabulary, "float32" if recipe.model.dtype == "float32" else "bfloat16",
+        shape.width, shape.vocabulary, "float32" if whole else "bfloat16",
     )  # fmt: skip
     return rounded_bytes(recipe, shape) + batch
 
@@ -264,20 +282,23 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
     spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines)
     memory = gpu_memory(recipe, shape, count * machines)
     host = host_memory(recipe, shape)
+    for stage, held in sizes.judges.items():
+        memory[stage] = max(memory.get(stage, 0), held)
+        host[stage] = max(host.get(stage, 0), HOST_BYTES + held * count)
     problems = []
     room = machine.gpu.gib * GIB * MEMORY_SHARE
     for stage, needed in memory.items():
         if needed > room:
-            problems.append(
-                f"{stage} needs {needed / GIB:.1f} GiB of the GPU's {machine.gpu.gib:g}: {advice(stage, room, recipe, shape)}"
-            )
+            change = SMALLER_JUDGE if sizes.judges.get(stage, 0) > room else advice(stage, room, recipe, shape)
+            problems.append(f"{stage} needs {needed / GIB:.1f} GiB of the GPU's {machine.gpu.gib:g}: {change}")
     largest = max(host, key=lambda stage: host[stage])
     if host[largest] > machine.host_gib * GIB:
         problems.append(
             f"loading for {largest} needs {host[largest] / GIB:.1f} GiB of the host's {machine.host_gib:g}: take a larger size of the same machine"
         )
     if count > machine.gpus:
-        problems.append(f"processes.count is {count}, it has {machine.gpus} GPUs: processes.count={machine.gpus}")
+        fewer = f"processes.count={machine.gpus}" if machine.gpus > 1 else "processes.count=1 and processes.profile=one"
+        problems.append(f"processes.count is {count}, it has {machine.gpus} GPUs: {fewer}")
     return Prediction(
         stage_plans(recipe, lengths, spread, sizes.sft_rows, sizes.imported), spread, memory, host, problems, shares
     )

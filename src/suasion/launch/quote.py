@@ -11,6 +11,7 @@ from suasion.launch.machine import Needs
 from suasion.launch.offers import Offer
 from suasion.launch.session import Session
 from suasion.machines import MachineTable, load_machines
+from suasion.planning import uncounted
 from suasion.prediction import Prediction, predict, read_sizes
 from suasion.progress import duration
 from suasion.recipe import Recipe
@@ -37,13 +38,14 @@ def handed_over(names: Sequence[str], needs: Needs) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The machines that a recipe may run on, and what is predicted of them. named: the user named them."""
+    """The machines that a recipe may run on, and what is predicted of them. named: the user named them; unknown: what no prediction counts."""
 
     types: tuple[str, ...]
     named: bool
     table: MachineTable
     predictions: Mapping[str, Prediction]
     volume_gb: int
+    unknown: tuple[str, ...] = ()
 
     def hourly(self, price: float) -> float:
         """Dollars an hour of a machine of this price with its disk and address."""
@@ -73,7 +75,9 @@ def candidates(recipe: Recipe, named: Sequence[str]) -> Candidates:
     if not types:
         why = "; ".join(next(iter(predictions.values())).problems)
         raise UserError(f"{recipe.name} fits on no machine of the table: {why}")
-    return Candidates(types, bool(named), table, predictions, SMALLEST_VOLUME_GB + round(sizes.disk_bytes / 1e9 + 0.5))
+    return Candidates(
+        types, bool(named), table, predictions, SMALLEST_VOLUME_GB + round(sizes.disk_bytes / 1e9 + 0.5), tuple(uncounted(recipe))
+    )
 
 
 def quote(offers: Sequence[Offer], known: Candidates, session: Session) -> list[str]:
@@ -88,7 +92,7 @@ def quote(offers: Sequence[Offer], known: Candidates, session: Session) -> list[
         lines.append(
             f"estimate: {duration(seconds)}, ${seconds / 3600 * hourly:.2f} (predicted from the table of {known.table.date}; see docs/scale.md)"
         )
-        lines += [f"  [yellow]{problem}[/]" for problem in predicted.problems]
+        lines += [f"  [yellow]{problem}[/]" for problem in (*predicted.problems, *known.unknown)]
         if seconds > hours * 3600:
             lines.append(
                 "  [yellow]the caps end the machine before that: raise --max-hours or --max-dollars, or the run stops half-way[/]"
