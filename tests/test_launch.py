@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import signal
 import stat
 import urllib.parse
@@ -170,6 +171,27 @@ def test_a_launch_makes_what_it_needs_and_removes_all_of_it(aws, tmp_path) -> No
     assert [stdin for command, stdin in machine.sent if "install.sh" in command] == [b"HF_TOKEN=hf_very_secret\n"]
     assert not key_file(launch.session).exists()
     assert load_session(launch.run).state == "removed"
+
+
+def test_the_guide_lists_every_right_that_a_launch_uses(aws, tmp_path) -> None:
+    """And none of its own making: whoever gives exactly these rights can launch."""
+    guide = (TINY.parents[1] / "docs" / "EXECUTION_GUIDE.md").read_text(encoding="utf-8")
+    table = guide[guide.index("| service | rights |") : guide.index("| S3, with `--s3` |")]
+    rights = {name.rpartition(":")[2] for name in re.findall(r"`([\w:]+\*?)`", table)}
+    aws.faults["GetServiceQuota"] = (400, "NoSuchResourceException")  # then the default is asked for
+    launch = make(tmp_path, Machine(), s3="s3://results/x")
+    run_once(launch, offers_of(launch, ("on-demand", "spot")), detach=True)
+    resources.admit(launch.account, launch.session, "198.51.100.4")
+    flow.clean_up(launch.account, launch.session, launch.run, wait=0.0)
+    assert left(aws) == []
+    used = {
+        name if not name.startswith("Describe") else "Describe*"
+        for name in aws.calls
+        if name not in ("GET", "PUT", "HEAD", "POST")
+    }
+    assert (
+        used | {"CreateTags", "TagRole", "TagInstanceProfile", "PassRole"} == rights
+    )  # the last are parts of calls that make things
 
 
 def test_the_caps_are_what_is_left_of_them(aws, tmp_path) -> None:
