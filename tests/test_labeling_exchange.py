@@ -254,8 +254,9 @@ def test_a_bare_table_is_enough(tmp_path):
 
 
 def test_answers_of_a_second_person_are_second_labels(tmp_path):
-    """Of a table that knows no tasks: 4 pairs, 2 of them planned twice; a third person's answers and the same file again add none."""
-    folder = make_run(tmp_path, sampled_pairs(4), overlap=0.5)
+    """Of a table that knows no tasks: 4 pairs, 2 of them planned twice. The same answers again change nothing, a third person's are kept."""
+    pairs = sampled_pairs(4, ("One.", "Two."), (("user", "Trams"),))
+    folder = make_run(tmp_path, pairs, overlap=0.5)
     file = tmp_path / "labels.csv"
 
     def table(*people: str) -> str:
@@ -284,7 +285,7 @@ def test_answers_of_a_second_person_are_second_labels(tmp_path):
     assert "0 labels on this run's pairs" in table("bob", "ann")
     assert "4 labels on this run's pairs" in table("cas")
     assert missing() == 0
-    both = make_run(tmp_path / "both", sampled_pairs(4), overlap=0.5)
+    both = make_run(tmp_path / "both", pairs, overlap=0.5)
     file.write_text(file.read_text().replace(",cas", ",ann") + file.read_text().partition("\n")[2].replace(",cas", ",bob"))
     assert "8 labels on this run's pairs" in label("import", str(both), str(file), "--format", "csv")
     folder = both
