@@ -14,9 +14,8 @@ from typing import Any
 
 from suasion.errors import UserError
 from suasion.labeling.desk import Desk
-from suasion.labeling.events import EventKind, Given, HumanLabel, State, snapshot, verdict_rows
+from suasion.labeling.events import EventKind, Given, HumanLabel, State, Task, snapshot, verdict_rows
 from suasion.labeling.exchange.answers import Answer
-from suasion.labeling.work import Task
 from suasion.records import Example, Row, canonical_json, content_id, read_rows, turns_key
 
 SWAPPED = {"a": "b", "b": "a", "tie": "tie", "none": "none"}
