@@ -1,4 +1,4 @@
-"""A model is a base and a list of adapters, its *lineage*. Weights are loaded here and nowhere else.
+"""A model is a base and a list of adapters, its *lineage*. Weights are loaded here and nowhere else, from folders that bases.py finds.
 
 Loading merges adapters in fp32, oldest first. A training merges all adapters of its start model and attaches a fresh one whose
 B matrices are zero: at step 0 the policy *is* its start, and the first DPO loss is its zero-margin value (asserted there).
