@@ -219,7 +219,9 @@ def test_the_first_label_binds_a_ruling_before_it_and_a_skip_is_no_tie(tmp_path)
     assert (row["agree"], row["n"]) == (0.8, 5)  # told the other way round: all but the ruling
     assert row["labelled"] == 5
     assert row["kappa"]["value"] == 0.0  # the grader has one word for everything
-    assert row["gwet_ac1"]["value"] == pytest.approx((0.8 - 0.09) / (1 - 0.09), abs=1e-4)  # q = .9, .1, 0: p_e = .18 / 2
+    assert row["gwet_ac1"]["value"] == pytest.approx(
+        (0.8 - 0.18) / (1 - 0.18), abs=1e-4
+    )  # q = .9, .1; nobody said tie: p_e = .18 / 1
     tied = [one.model_copy(update={"label": "tie"}) for one in graded]
     row = final.agreement_row(heard, tied, "ai:ngram", 0)
     assert (row["agree"], row["n"], row["labelled"]) == (None, 0, 5)  # ties are labels, where chance is taken out
