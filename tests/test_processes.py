@@ -159,13 +159,13 @@ def test_whole_weights_train_in_shards_as_in_one_process(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_shards_compute_in_bf16_as_a_whole_model_does(tmp_path) -> None:
-    """Autocast over fp32 weights on both sides; packing differs among processes, and in bf16 that moves a loss by hundredths."""
-    recipe = (*STILL, *UNEVEN, "model.dtype=bfloat16", "model.device=cpu")
+    """Autocast over fp32 weights on both sides; packing differs among processes, and in bf16 that moves a loss by thousandths."""
+    recipe = (*STILL, *UNEVEN, "model.dtype=bfloat16", "model.device=cpu", "sft.learning_rate=0.1")
     one, _ = run(load_recipe(TINY, recipe), tmp_path / "one", last="sft")
     several, _ = run(load_recipe(TINY, (*recipe, "processes={profile: fsdp2, count: 2}")), tmp_path / "several", last="sft")
     losses = [[row["loss"] for row in metrics(each.path, "03-sft")] for each in (one, several)]
-    assert losses[1] == pytest.approx(losses[0], abs=0.03)
-    assert losses[0][0] - losses[0][-1] > 0.3  # it learned more than that
+    assert losses[1] == pytest.approx(losses[0], abs=0.005)
+    assert losses[0][0] - losses[0][-1] > 0.03  # it learned more than that
     assert several.manifest("sft").dtype == "bfloat16"
 
 
