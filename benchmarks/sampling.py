@@ -269,46 +269,55 @@ def run_library(options: argparse.Namespace, side: str) -> None:
     run_batches(options, side, batches, work, [prompts[0][:16]])
 
 
-def run_ours(options: argparse.Namespace) -> None:
-    """Our engine, batch by batch as it plans them."""
+def our_side(options: argparse.Namespace) -> tuple[Any, Any, int, int, Any, list[Any]]:
+    """(model as it samples, hardware, stop token, padding token, settings, two draws of every prompt)."""
     from suasion.models import round_for_decoding
     from suasion.sampling.draws import Draw
-    from suasion.sampling.local import decode, plan_batches
     from suasion.sections.sampling import SampleSection
 
     model, hardware, stop, pad = load(options, library=False)
-    model = round_for_decoding(model, hardware)
     prompts = json.loads(prompts_path(options).read_text())
     settings = SampleSection(max_new_tokens=options.new_tokens, batch_size=options.batch_size)
     draws = [Draw(f"{number:05d}", tuple(ids), n) for number, ids in enumerate(prompts) for n in (0, 1)]
+    return round_for_decoding(model, hardware), hardware, stop, pad, settings, draws
+
+
+def warm_up(draws: list[Any]) -> list[Any]:
+    """One short draw."""
+    from suasion.sampling.draws import Draw
+
+    return [Draw("w", draws[0].prompt[:16], 0)]
+
+
+def tokens_of(drawn: list[Any]) -> list[tuple[int, int]]:
+    """(tokens of the prompt, tokens of the response) of each."""
+    return [(len(one.draw.prompt), len(one.tokens or ())) for one in drawn]
+
+
+def run_ours(options: argparse.Namespace) -> None:
+    """Our engine, batch by batch as it plans them."""
+    from suasion.sampling.local import decode, plan_batches
+
+    model, hardware, stop, pad, settings, draws = our_side(options)
 
     def work(batch: list[Any]) -> list[tuple[int, int]]:
-        drawn = decode(model, batch, settings, 0, stop, pad, hardware)
-        return [(len(one.draw.prompt), len(one.tokens or ())) for one in drawn]
+        return tokens_of(decode(model, batch, settings, 0, stop, pad, hardware))
 
-    run_batches(options, "ours", plan_batches(draws, options.batch_size), work, [Draw("w", tuple(prompts[0][:16]), 0)])
+    run_batches(options, "ours", plan_batches(draws, options.batch_size), work, warm_up(draws))
 
 
 def run_our_continuous(options: argparse.Namespace) -> None:
     """Our engine with free places taken again, queue by queue as it plans them."""
-    from suasion.models import round_for_decoding
     from suasion.sampling.continuous import decode
-    from suasion.sampling.draws import Draw
     from suasion.sampling.local import QUEUE, plan_batches
-    from suasion.sections.sampling import SampleSection
 
-    model, hardware, stop, _ = load(options, library=False)
-    model = round_for_decoding(model, hardware)
-    prompts = json.loads(prompts_path(options).read_text())
-    settings = SampleSection(max_new_tokens=options.new_tokens, batch_size=options.batch_size)
-    draws = [Draw(f"{number:05d}", tuple(ids), n) for number, ids in enumerate(prompts) for n in (0, 1)]
+    model, hardware, stop, _, settings, draws = our_side(options)
 
     def work(queue: list[Any]) -> list[tuple[int, int]]:
-        drawn = decode(model, queue, settings, 0, stop, hardware, min(options.batch_size, len(queue)))
-        return [(len(one.draw.prompt), len(one.tokens or ())) for one in drawn]
+        return tokens_of(decode(model, queue, settings, 0, stop, hardware, min(options.batch_size, len(queue))))
 
     queues = plan_batches(draws, QUEUE * options.batch_size)
-    run_batches(options, "ours-continuous", queues, work, [Draw("w", tuple(prompts[0][:16]), 0)])
+    run_batches(options, "ours-continuous", queues, work, warm_up(draws))
 
 
 def run_continuous(options: argparse.Namespace) -> None:
