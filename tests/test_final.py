@@ -281,7 +281,7 @@ def test_a_run_is_told_again_once_people_have_spoken(tmp_path, capsys):
     evaluate, report = directory.folder("evaluate"), directory.folder("report")
     before = read_json(evaluate / "summary.json")
     said = {name: (evaluate / name).read_bytes() for name in ("responses.jsonl", "verdicts.jsonl", "models.json")}
-    with pytest.raises(UsageError, match="this run has 8 evaluation prompts"):
+    with pytest.raises(UsageError, match="this run has 6 evaluation prompts"):
         open_desk(directory.path, "evaluation", 9)
     assert not (directory.path / EVALUATION_FILE).exists()
 
@@ -309,7 +309,7 @@ def test_a_run_is_told_again_once_people_have_spoken(tmp_path, capsys):
     assert {name: (evaluate / name).read_bytes() for name in said} == said
     assert {key for key in after if after[key] != before[key]} == {"people", "facts", "headline", "caveats"}
     facts = after["facts"]["people"]
-    assert (facts["prompts"], facts["of_prompts"], facts["annotators"], facts["skipped"]) == (5, 8, 1, 0)
+    assert (facts["prompts"], facts["of_prompts"], facts["annotators"], facts["skipped"]) == (5, 6, 1, 0)
     assert after["people"]["judged"] == planned == facts["asked"]
     rows = list(read_rows(evaluate / "people.jsonl", ModelVerdict))
     assert len(rows) == planned + facts["identical"] == 5 * 10

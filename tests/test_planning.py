@@ -80,8 +80,8 @@ def test_seconds_are_tokens_over_rates(recipe: Recipe) -> None:
     assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif"].steps) == (16, 16)
     assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-matched"].rows == plans["human-labels"].rows == 12
     assert plans["dpo-rlaif"].seconds == pytest.approx(16 * 300 / 1000 + 2 * 16 * 300 / 500 + 2 * 5 * 300 / 1000 + load)
-    assert plans["evaluate"].rows == 8 * 6
-    answers, likelihoods = 8 * 200 / 1000 + 1.1 * 8 * 50 / 100 + load, 8 * 300 / 1000
+    assert plans["evaluate"].rows == 6 * 6
+    answers, likelihoods = 6 * 200 / 1000 + 1.1 * 6 * 50 / 100 + load, 4 * 300 / 1000
     assert plans["evaluate"].seconds == pytest.approx(6 * (answers + likelihoods) + 20)
 
 
@@ -109,7 +109,7 @@ def test_responses_are_no_longer_than_allowed(recipe: Recipe) -> None:
 
 
 def test_the_rest_is_what_the_pools_leave(recipe: Recipe) -> None:
-    sizes = {"sft": 77, "rlaif": 16, "rlhf": 12, "eval": 8, "judge_conversations": 24}
+    sizes = {"sft": 77, "rlaif": 16, "rlhf": 12, "eval": 6, "judge_conversations": 24}
     assert sft_rows(recipe, sizes) == 32
     assert sft_rows(load_recipe(TINY, ("pools.sft=rest",)), sizes) == 77
 
@@ -126,7 +126,7 @@ def test_mean_lengths_are_of_rendered_examples_with_a_reply(recipe: Recipe, rend
 def test_what_is_detectable_names_its_assumptions(recipe: Recipe) -> None:
     lines = detectable(recipe, 0.65, 0.1)
     count = len(primary_pairs(recipe))
-    assert lines[1] == (f"{count} primary comparisons, a perfect judge, no ties", detectable_win_rate(8, comparisons=count))
+    assert lines[1] == (f"{count} primary comparisons, a perfect judge, no ties", detectable_win_rate(6, comparisons=count))
     assert "if the judge is right 65% of the time and 10% are ties" in lines[2][0]
     many = recipe.model_copy(update={"pools": recipe.pools.model_copy(update={"eval": 200})})
     rates = [detectable(many, accuracy, ties)[2][1] for accuracy, ties in ((0.9, 0.0), (0.9, 0.4), (0.75, 0.4))]
@@ -136,7 +136,7 @@ def test_what_is_detectable_names_its_assumptions(recipe: Recipe) -> None:
 
 def test_warnings(recipe: Recipe) -> None:
     stages = [StagePlan("sft", 9, 20, 1.0), StagePlan("dpo-a", 0, 0, 1.0), StagePlan("sample", 9, 0, 1.0)]
-    sizes = {"sft": 32, "rlaif": 15, "rlhf": 12, "eval": 8, "judge_conversations": 24}
+    sizes = {"sft": 32, "rlaif": 15, "rlhf": 12, "eval": 6, "judge_conversations": 24}
     found = planning.warnings(recipe, Plan("x", stages, RATES, disk_bytes=2, free_bytes=1, attainable=sizes))
     assert [line.split()[0] for line in found] == ["dpo-a", "pools.rlaif", "needs"]
     tight = replace(RATES, train_bytes=4e9, write_bytes=math.inf)
@@ -178,7 +178,7 @@ def test_a_plan_of_the_tiny_recipe(tmp_path: Path, one_thread: None) -> None:
     recipe = with_labels(preferences(tmp_path / "labels.jsonl", 5))
     plan = make_plan(recipe, tmp_path / "runs" / "none", seconds=0.2)
     stages = by_stage(plan.stages)
-    assert plan.attainable == {"sft": 32, "rlaif": 16, "rlhf": 12, "eval": 8, "judge_conversations": 24}
+    assert plan.attainable == {"sft": 32, "rlaif": 16, "rlhf": 12, "eval": 6, "judge_conversations": 24}
     assert stages["dpo-rlhf"].rows == 5
     assert all(item.seconds > 0 for item in plan.stages)
     assert min(plan.rates.prefill, plan.rates.decode, plan.rates.train) > 0

@@ -244,10 +244,10 @@ def _against_people(summary: dict[str, Any], labels: dict[str, str], beside: str
     scored = [model for model in summary["models"] if model["win_vs_human"]["value"] is not None]
     if not scored:
         return []
-    best = max(scored, key=lambda model: model["win_vs_human"]["value"])
-    rate = best["win_vs_human"]
+    rate = max((model["win_vs_human"] for model in scored), key=lambda own: own["value"])
+    best = [model["label"] for model in scored if model["win_vs_human"]["value"] == rate["value"]]  # few prompts: often several
     return [
-        f"Beside {beside}, the grader prefers the highest-scoring model, {best['label']}, on {percent(rate['value'])} of prompts "
+        f"Against {beside}, no model does better than {listed(best)}: preferred by the grader on {percent(rate['value'])} of prompts "
         f"({interval(rate['low'], rate['high'])})."
     ]
 
