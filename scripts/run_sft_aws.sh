@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The plain-shell way, for people who stand on a rented machine already (a g5.xlarge with AWS's deep-learning image, say):
-# set-up, checks of driver and disk, login to a tracker where one is asked for, and the run, which survives a lost connection.
+# set-up with the packages that the recipe needs (4 bits, a tracker), checks of driver and disk, and the run, which survives a lost connection.
 #
 #   scripts/run_sft_aws.sh [RECIPE] [suasion run's own options]
 #
@@ -22,8 +22,15 @@ done
 [ "$tracker" != wandb ] || [ -n "${WANDB_API_KEY:-}${WANDB_MODE:-}" ] ||
   fail "report_to wandb needs WANDB_API_KEY in the environment (https://wandb.ai/authorize), or WANDB_MODE=offline."
 
+changes=()   # what is set here can need other packages
+last=
+for word in "$@"; do
+  if [ "$last" = --set ]; then changes+=(--set "$word"); elif [[ "$word" == --set=* ]]; then changes+=(--set "${word#--set=}"); fi
+  last=$word
+done
+
 echo "== set-up"
-scripts/setup_env.sh ${tracker:+--extras "$tracker"}
+scripts/setup_env.sh --recipe "$recipe" ${changes[@]+"${changes[@]}"}
 echo "== checks"
 if command -v nvidia-smi > /dev/null; then
   nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv
@@ -35,7 +42,6 @@ fi
 free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1024 / 1024))
 echo "$free GB of disk free"
 [ "$free" -ge 2 ] || fail "$free GB free here; a run needs at least 2 GB. Free some first."
-[ -z "$tracker" ] || .venv/bin/python -c "import $tracker" 2> /dev/null || fail "$tracker is not in this environment: .venv/bin/pip install $tracker"
 
 echo "== run"
 mkdir -p logs

@@ -20,7 +20,7 @@ from suasion.errors import UserError
 from suasion.launch.session import Session
 from suasion.recipe import Recipe
 from suasion.sections.base import FILE_KEYS
-from suasion.sections.grading import AnyGrader, LlmGrader, PanelGrader
+from suasion.sections.grading import AnyGrader, LlmGrader, PanelGrader, models_of
 from suasion.sections.sampling import EndpointEngine
 
 UNCLAIMED_MINUTES = 45  # boot, ssh and the upload take a few; a machine without a caller must not live longer
@@ -95,11 +95,7 @@ def needs_of(recipe: Recipe) -> Needs:
     """
     if recipe.processes.machines > 1:
         raise UserError("processes.machines is above 1: launch rents one machine. skypilot/two-nodes.yaml takes several.")
-    graders = [
-        grader
-        for named in (recipe.ai_labels.grader, recipe.evaluate.grader)
-        for grader in (named.members if isinstance(named, PanelGrader) else (named,))
-    ]
+    graders = _graders(recipe)
     addresses = [address for grader in graders if isinstance(grader, LlmGrader) for address in grader.addresses]
     variables = [_key_of(grader) for grader in graders]
     if isinstance(recipe.sample.engine, EndpointEngine):
@@ -109,9 +105,27 @@ def needs_of(recipe: Recipe) -> Needs:
         host = urlsplit(address).hostname or ""
         if host in LOOPBACK or host.startswith("127."):
             raise UserError(f"the recipe asks {address}, which the rented machine cannot reach. Nothing was rented.")
-    trackers = {section.report_to for section in (recipe.sft, *recipe.dpo)} - {"none"}
-    provider = {"anthropic"} if any(isinstance(item, LlmGrader) and item.provider == "anthropic" for item in graders) else set()
-    return Needs(tuple(sorted(trackers | provider)), tuple(dict.fromkeys(filter(None, variables))))
+    return Needs(extras_of(recipe), tuple(dict.fromkeys(filter(None, variables))))
+
+
+def extras_of(recipe: Recipe) -> tuple[str, ...]:
+    """The extras of this package without which a recipe cannot run, sorted; scripts/setup_env.sh --recipe installs them."""
+    graders = _graders(recipe)
+    extras = {str(section.report_to) for section in (recipe.sft, *recipe.dpo)} - {"none"}
+    if any(isinstance(grader, LlmGrader) and grader.provider == "anthropic" for grader in graders):
+        extras.add("anthropic")
+    if any(model.quantization for model in (recipe.model, *(model for grader in graders for model in models_of(grader)))):
+        extras.add("qlora")
+    return tuple(sorted(extras))
+
+
+def _graders(recipe: Recipe) -> list[AnyGrader]:
+    """Both graders; of a panel its members."""
+    return [
+        grader
+        for named in (recipe.ai_labels.grader, recipe.evaluate.grader)
+        for grader in (named.members if isinstance(named, PanelGrader) else (named,))
+    ]
 
 
 def _key_of(grader: AnyGrader) -> str:
