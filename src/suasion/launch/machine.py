@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from suasion.sections.sampling import EndpointEngine
 
 UNCLAIMED_MINUTES = 45  # boot, ssh and the upload take a few; a machine without a caller must not live longer
 LINGER_MINUTES = 60  # after the run has ended, for a caller that was away
-BOOT_MINUTES = 3  # from the start of the bill to the first-boot script that counts the cap; assumed, not measured
 LOOPBACK = ("localhost", "::1", "0.0.0.0")
 SCRIPTS = ("install.sh", "run.sh", "notice.sh", "poll.sh", "suasion-run.service", "suasion-notice.service")
 MOVED = (*FILE_KEYS, "base", "template")  # keys of the recipe whose values may be files or folders of the caller
@@ -40,11 +40,23 @@ class Upload:
     name: str
 
 
-def user_data(hours: float) -> str:
-    """The first-boot script of a machine that must end after so many hours."""
+def user_data(hours: float, now: datetime | None = None) -> str:
+    """The first-boot script of a machine that must end after so many hours, counted from now: call it where the machine is asked for.
+
+    The bill begins after that, once the machine runs, so that the seconds of switching off are paid for by those of starting.
+    """
     text = (files("suasion.launch") / "remote" / "first-boot.sh").read_text(encoding="utf-8")
-    minutes = max(1, int(hours * 60) - BOOT_MINUTES)
-    return text.replace("@MINUTES@", str(minutes)).replace("@UNCLAIMED@", str(min(minutes, UNCLAIMED_MINUTES)))
+    end = (now or datetime.now(UTC)) + timedelta(hours=hours)
+    minutes = max(1, int(hours * 60))
+    given = {
+        "END": f"{end:%Y-%m-%d %H:%M:%S} UTC",
+        "SECONDS": str(int(end.timestamp())),
+        "MINUTES": str(minutes),
+        "UNCLAIMED": str(min(minutes, UNCLAIMED_MINUTES)),
+    }
+    for name, value in given.items():
+        text = text.replace(f"@{name}@", value)
+    return text
 
 
 def moved_inputs(recipe: Recipe, remote_folder: str) -> tuple[str, list[Upload]]:

@@ -1,9 +1,9 @@
 #!/bin/bash
 # User data of a machine that `suasion launch` rents: it ends by itself, whatever becomes of the caller. Holds no secret.
-# @MINUTES@ minutes after its first boot it powers off, which terminates it; so it does after @UNCLAIMED@ minutes if nobody came to use it.
+# At @END@, counted when it was asked for, it powers off, which terminates it; so it does after @UNCLAIMED@ minutes if nobody came to use it.
+# The same number of minutes from here on is a second lock, for a caller whose clock is ahead.
 set -eu
-install -d /var/lib/suasion
-[ -f /var/lib/suasion/deadline ] || date -u -d "+@MINUTES@ minutes" '+%Y-%m-%d %H:%M:%S UTC' > /var/lib/suasion/deadline
+[ "$(date +%s)" -lt @SECONDS@ ] || systemctl poweroff --force   # a timer for a time that has passed would never fire
 cat > /etc/systemd/system/suasion-off.service <<UNIT
 [Service]
 Type=oneshot
@@ -11,7 +11,9 @@ ExecStart=/usr/bin/systemctl poweroff --force
 UNIT
 cat > /etc/systemd/system/suasion-cap.timer <<UNIT
 [Timer]
-OnCalendar=$(cat /var/lib/suasion/deadline)
+OnCalendar=@END@
+OnActiveSec=@MINUTES@min
+AccuracySec=1s
 Persistent=true
 Unit=suasion-off.service
 [Install]
