@@ -23,6 +23,7 @@ sudo systemctl stop suasion-unclaimed.timer || true
 memory=${SUASION_MEMORY:-/run/suasion}   # a file system that is never written to a disk
 sudo install -d -m 0700 -o "$(id -u)" "$memory"
 (umask 077; cat > "$memory/environment")
+cut -d= -f1 "$memory/environment" > handed_over   # the names alone: after a reboot run.sh says what is missing
 echo "setting up" > state
 if ! python3 -c 'import ensurepip, venv' 2> /dev/null; then   # Ubuntu's images come without; apt may be busy after the first boot
   apt() { sudo env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 "$@" >> log 2>&1; }
