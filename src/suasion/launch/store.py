@@ -2,39 +2,98 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+
+from suasion.errors import UserError
 from suasion.launch.account import Account, told
 from suasion.launch.flow import check_stage, parse_s3
 from suasion.launch.session import Session
-from suasion.rundir import MANIFEST
+from suasion.progress import console
+from suasion.records import read_json, write_json
+from suasion.rundir import MANIFEST, Manifest
+
+TIMINGS = "timings.json"
+STAGE = re.compile(rf"(\d\d-[\w.-]+)/{re.escape(MANIFEST)}")
 
 
 def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
-    """Fetch finished stages that are not here yet; each is checked against its manifest before it counts. Returns their names."""
+    """Fetch finished stages that are not here yet, and their times. Returns the names of the stages.
+
+    A stage counts only where its files are what its manifest says. One that is not whole, because the machine ended while it was sent, is
+    named and left out: it is made again.
+    """
     bucket, prefix = parse_s3(session.s3)
     base = f"{prefix}/{session.name}/"
     s3 = account.client("s3")
+    incoming = run / "launch" / f"incoming-{os.getpid()}"  # of this process: another may be fetching too
     fetched = []
+
+    def get(key: str) -> Path:
+        target = incoming / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file(bucket, base + key, str(target))
+        return target
+
     with told(f"fetch from {session.s3}"):
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=base)
-        keys = [item["Key"].removeprefix(base) for page in pages for item in page.get("Contents", [])]
-        stages = sorted(key.removesuffix(f"/{MANIFEST}") for key in keys if key.count("/") == 1 and key.endswith(f"/{MANIFEST}"))
-        for stage in stages:
-            if (run / stage / MANIFEST).is_file():
-                continue
-            incoming = run / "launch" / "incoming"
+        keys = {item["Key"].removeprefix(base) for page in pages for item in page.get("Contents", [])}
+        try:
+            for stage in sorted(found[1] for key in keys if (found := STAGE.fullmatch(key))):
+                if (run / stage / MANIFEST).is_file():
+                    continue
+                shutil.rmtree(incoming, ignore_errors=True)
+                try:
+                    for key in _outputs(get(f"{stage}/{MANIFEST}"), stage, keys):
+                        get(key)
+                    check_stage(incoming / stage)
+                except UserError as error:
+                    why = str(error).partition(". ")[0]
+                    console.print(
+                        f"{stage} in {session.s3} is not whole and left out, a run makes it again: {why}",
+                        style="yellow",
+                        markup=False,
+                    )
+                    continue
+                if (run / stage / MANIFEST).is_file():
+                    continue  # another command was faster
+                if (
+                    run / stage
+                ).exists():  # an unfinished attempt that the machine has finished; it goes with the incoming folder
+                    (run / stage).replace(incoming / f"{stage}.before")
+                (incoming / stage).replace(run / stage)
+                fetched.append(stage)
+            if TIMINGS in keys:
+                _add_times(run / TIMINGS, read_json(get(TIMINGS)))
+        finally:
             shutil.rmtree(incoming, ignore_errors=True)
-            for key in (key for key in keys if key.startswith(f"{stage}/")):
-                target = (incoming / key).resolve()
-                if not target.is_relative_to(incoming.resolve()):
-                    continue  # a key that climbs out of its folder is not one of ours
-                target.parent.mkdir(parents=True, exist_ok=True)
-                s3.download_file(bucket, base + key, str(target))
-            check_stage(incoming / stage)
-            if (run / stage).exists():
-                shutil.rmtree(run / stage)
-            (incoming / stage).replace(run / stage)
-            fetched.append(stage)
     return fetched
+
+
+def _outputs(manifest: Path, stage: str, keys: Collection[str]) -> list[str]:
+    """The keys of a stage's files; its folder in S3 holds older ones besides. Raises UserError where one is missing or none of its own."""
+    try:
+        names = Manifest.model_validate(read_json(manifest)).outputs
+    except ValidationError as error:
+        raise UserError(f"{MANIFEST}: {error.errors()[0]['msg']}") from error
+    wanted = [f"{stage}/{name}" for name in names]
+    for key in wanted:
+        if key not in keys or ".." in Path(key).parts:
+            raise UserError(f"{key} is missing")
+    return wanted
+
+
+def _add_times(here: Path, theirs: dict[str, list[dict[str, Any]]]) -> None:
+    """Add attempts that are not known here yet; what ran here meanwhile stays."""
+    known: dict[str, list[dict[str, Any]]] = read_json(here) if here.is_file() else {}
+    added = {
+        stage: [attempt for attempt in attempts if attempt not in known.get(stage, [])] for stage, attempts in theirs.items()
+    }
+    if any(added.values()):
+        write_json(here, known | {stage: known.get(stage, []) + attempts for stage, attempts in added.items()})
