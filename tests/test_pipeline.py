@@ -113,6 +113,23 @@ def test_a_death_between_work_and_manifest_loses_nothing(copy, recipe, capsys):
     assert (folder / MANIFEST).read_bytes() == manifest
 
 
+@pytest.mark.parametrize(("device", "goes_on"), [("cuda", True), ("cpu", False)])
+def test_more_vcpus_beside_the_same_gpu_throw_nothing_away(recipe, tmp_path, monkeypatch, capsys, device, goes_on):
+    """g5.xlarge and g5.2xlarge differ in them; the checkpoint of a spot machine must outlive the change."""
+    threads = 4
+    monkeypatch.setattr("suasion.pipeline._hardware", lambda recipe: {"device": device, "dtype": "float32", "threads": threads})
+    stage, directory = stages(recipe)[0], directory_of(tmp_path / recipe.name, recipe)
+    directory.folder("corpus").mkdir(parents=True)
+    write_json(
+        directory.folder("corpus") / "attempt.json", {**what_it_reads(directory, recipe, stage), **how_it_computes(recipe)}
+    )
+    threads = 8
+    run(recipe, tmp_path, last="corpus")
+    assert ("corpus (resumed)" in capsys.readouterr().out) == goes_on
+    assert (directory.path / "attic").exists() != goes_on
+    assert directory.manifest("corpus").threads == 8
+
+
 def test_a_changed_recipe_is_refused_before_anything_is_touched(copy, recipe):
     before = sorted(str(path) for path in copy.rglob("*"))
     text = (copy / "recipe.yaml").read_text()

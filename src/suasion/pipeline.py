@@ -330,9 +330,21 @@ def _announced(directory: RunDir, recipe: Recipe) -> AbstractContextManager[None
 def _is_same_attempt(folder: Path, attempt: dict[str, Any]) -> bool:
     """Whether an unfinished folder belongs to the same recipe slice, inputs and hardware."""
     try:
-        return bool(read_json(folder / ATTEMPT) == attempt)
+        return bool(_without_idle_threads(read_json(folder / ATTEMPT)) == _without_idle_threads(attempt))
     except UserError:
         return False
+
+
+def _without_idle_threads(attempt: dict[str, Any]) -> dict[str, Any]:
+    """An attempt without the number of CPU threads where a GPU computes: a machine with more vCPUs beside the same GPU goes on.
+
+    On a CPU the threads decide in which order sums are taken. Beside a GPU they plan batches and read files, which depends on no order, and
+    at most fold adapters into fp32 weights or fit a grader: last bits, far below what bf16 and the GPU's own order of sums leave open.
+    """
+    hardware = attempt.get("hardware", {})
+    if hardware.get("device") != "cuda":
+        return attempt
+    return {**attempt, "hardware": {name: value for name, value in hardware.items() if name != "threads"}}
 
 
 def require_same_recipe(recipe: Recipe, runs: Path) -> None:
