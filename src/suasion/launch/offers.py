@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,10 +30,17 @@ QUOTAS = {
     ("standard", "on-demand"): "L-1216C47A",  # Running On-Demand Standard (A, C, D, H, I, M, R, T, Z) instances
     ("standard", "spot"): "L-34B43A08",  # All Standard Spot Instance Requests
 }
+#: What stands before the number of a type's generation, by quota. Others (inf, trn, dl, hpc, mac, f, x, u) have quotas that are not known here:
+#: most of them begin with a letter of the standard families.
+FAMILIES = {
+    **dict.fromkeys(("g", "gr", "vt"), "g"),
+    "p": "p",
+    **dict.fromkeys(("a", "c", "d", "h", "i", "im", "is", "m", "r", "t", "z"), "standard"),
+}
 #: Errors of RunInstances after which the next offer is tried: this one cannot be had now. AWS documentation "Error codes for the EC2 API".
 NOT_TO_BE_HAD = {
     "InsufficientInstanceCapacity", "InsufficientHostCapacity", "InsufficientCapacity", "SpotMaxPriceTooLow", "MaxSpotInstanceCountExceeded",
-    "VcpuLimitExceeded", "InstanceLimitExceeded", "Unsupported", "UnfulfillableCapacity",
+    "VcpuLimitExceeded", "InstanceLimitExceeded", "Unsupported", "UnfulfillableCapacity", "InsufficientFreeAddressesInSubnet",
     "AuthFailure.ServiceLinkedRoleCreationNotPermitted",  # of an account's first spot request
 }  # fmt: skip
 
@@ -67,12 +75,9 @@ class Offer:
 
 def family(instance_type: str, market: Market) -> str:
     """Which quota a type counts against: g, p, p5 (spot only) or standard. '' for families that are not known here."""
-    name = instance_type.split(".")[0]
-    if name.startswith(("g", "vt")):
-        return "g"
-    if name.startswith("p"):
-        return "p5" if market == "spot" and name.startswith("p5") else "p"
-    return "standard" if name[0] in "acdhimrtz" else ""
+    letters = re.match("[a-z]*", instance_type)
+    known = FAMILIES.get(letters[0] if letters else "", "")
+    return "p5" if known == "p" and market == "spot" and instance_type.startswith("p5") else known
 
 
 def find_offers(
