@@ -615,7 +615,7 @@ def test_an_address_that_changed_is_let_in_and_the_old_one_is_not(aws, tmp_path,
     launch = make(tmp_path, Machine())
     run_once(launch, offers_of(launch), detach=True)
     monkeypatch.setattr(flow, "host_of", lambda session: Machine())
-    monkeypatch.setattr(resources.remove_all, "__defaults__", ("", 40, 0.0, lambda line: None))
+    monkeypatch.setattr(resources.remove_all, "__defaults__", (None, 40, 0.0, lambda line: None))
     monkeypatch.setattr(flow.clean_up, "__defaults__", (0.0,))
 
     def admitted() -> list[str]:
@@ -688,7 +688,7 @@ def test_commands_that_cannot_be(aws, tmp_path) -> None:
 
 def test_stop_status_and_sweep_up_from_the_command_line(aws, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(resources, "WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(resources.remove_all, "__defaults__", ("", 40, 0.0, lambda line: None))
+    monkeypatch.setattr(resources.remove_all, "__defaults__", (None, 40, 0.0, lambda line: None))
     launch = make(tmp_path, Machine())
     run_once(launch, offers_of(launch), detach=True)
     told = command("status", "tiny", "--runs", str(launch.run.parent))

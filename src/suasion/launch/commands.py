@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from suasion.errors import UserError
+from suasion.errors import UsageError, UserError
+from suasion.launch.say import say
 from suasion.progress import console
 
 
@@ -80,7 +81,7 @@ def start(
     from suasion.launch.machine import moved_inputs, needs_of, source_tree
     from suasion.launch.offers import find_offers
     from suasion.launch.quote import candidates, handed_over, quote
-    from suasion.launch.session import new_session
+    from suasion.launch.session import in_charge, new_session
     from suasion.pipeline import require_same_recipe
     from suasion.recipe import load_recipe
 
@@ -98,33 +99,44 @@ def start(
     session = new_session(run, account, max_hours, max_dollars, s3.rstrip("/"))
     _fetch_earlier(account, session, run)
     require_same_recipe(loaded, runs)
+    if _how_far(loaded, runs) == "0":
+        console.print(f"nothing to do: all stages of {run} are complete, and nothing was rented. suasion report {run}")
+        return
 
     markets: list[Any] = ["on-demand", "spot"] if market == "cheapest" else [market]
     agreed: float | None = None  # dollars an hour
-    while True:
-        offers, refused = find_offers(account, known.types, markets, known.table)
-        offers = known.taken_in_turn(offers, agreed)
-        for line in (*(f"  [dim]{why}[/]" for why in refused), *quote(offers, known, session)):
-            console.print(line)
-        if detach and not s3:
-            console.print(
-                "[yellow]--detach without --s3: results wait on the machine until an hour after the run's end, not longer; be back with launch logs[/]"
-            )
-        if not yes and agreed is None and not typer.confirm("rent it?"):
-            raise typer.Exit(0)
-        agreed = agreed or offers[0].price
-        launch = Launch(
-            account, loaded, run, session, known.table, address or caller_address(), known.volume_gb, environment, host_of,
-            None if address else caller_address, needs.extras,
-        )  # fmt: skip
-        with interrupted_by_hangup():
-            ended = run_once(launch, offers, detach)
-        _fetch_copies(launch, ended)
-        if ended.how != "reclaimed":
-            break
-        console.print("[yellow]the machine was taken back; going on with another from what is finished here[/]")
+    with ExitStack() as held:
+        while True:
+            offers, refused = find_offers(account, known.types, markets, known.table)
+            offers = known.taken_in_turn(offers, agreed)
+            for why in refused:
+                say(f"  {why}", "dim")
+            for line in quote(offers, known, session):
+                console.print(line)
+            if detach and not s3:
+                console.print(
+                    "[yellow]--detach without --s3: results wait on the machine until an hour after the run's end, not longer; be back with launch logs[/]"
+                )
+            if agreed is None:
+                if not yes and not typer.confirm("rent it?"):
+                    raise typer.Exit(0)
+                if not held.enter_context(in_charge(run)):
+                    raise UsageError(
+                        f"another suasion launch is at work on {run}. Look at it with: suasion launch status {run.name}"
+                    )
+                agreed = offers[0].price
+            launch = Launch(
+                account, loaded, run, session, known.table, address or caller_address(), known.volume_gb, environment, host_of,
+                None if address else caller_address, needs.extras,
+            )  # fmt: skip
+            with interrupted_by_hangup():
+                ended = run_once(launch, offers, detach)
+            ended = _with_copies(launch, ended)
+            if ended.how != "reclaimed":
+                break
+            say("the machine was taken back; going on with another from what is finished here", "yellow")
     if ended.how == "running":
-        console.print(f"it runs. suasion launch logs {loaded.name} follows it, suasion launch stop {loaded.name} ends it.")
+        say(f"it runs. suasion launch logs {loaded.name} follows it, suasion launch stop {loaded.name} ends it.")
         return
     _finish(ended, loaded.name, runs)
 
@@ -152,14 +164,26 @@ def status(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
 @app.command()
 def logs(name: NameArgument, runs: RunsOption = Path("runs"), address: AddressOption = "") -> None:
     """Follow a launched run to its end, fetching stages as they finish. Ctrl-C stops looking; the machine goes on."""
-    from suasion.launch.flow import clean_up, follow
+    from suasion.launch.flow import Ended, clean_up, follow
+    from suasion.launch.session import in_charge
 
     launch = _launch(name, runs, address)
     if not launch.session.instance:
+        if code := _how_far(launch.recipe, runs):
+            return _finish(Ended("finished", code), name, runs)
         raise UserError(f"{name} has no machine any more. Its log is {runs / name / 'launch' / 'log'}.")
-    ended = follow(launch, launch.host_of(launch.session))
-    _fetch_copies(launch, ended)
-    clean_up(launch.account, launch.session, launch.run)
+    with in_charge(launch.run) as mine:
+        ended = follow(launch, launch.host_of(launch.session))
+        try:
+            ended = _with_copies(launch, ended)
+        finally:
+            if mine:
+                clean_up(launch.account, launch.session, launch.run)
+        if not mine and ended.how == "reclaimed":
+            say(
+                "the spot machine was taken back; the command that rented it goes on with another. Follow that one with launch logs"
+            )
+            return
     _finish(ended, name, runs)
 
 
@@ -202,27 +226,35 @@ def sweep_up(region: RegionOption = None, yes: YesOption = False) -> None:
     from suasion.launch.resources import find_all, remove_all
 
     account = Account(region)
+    unseen: list[str] = []
     with told("look for what launches made"):
-        found = find_all(account)
+        found = find_all(account, note=unseen.append)
     console.print(f"AWS account {account.id}, {account.region}: {len(found)} thing(s)")
-    for item in found:
-        console.print(f"  {item}")
+    for line in (*map(str, found), *unseen):
+        console.print(f"  {line}", markup=False)
     if not found or not (yes or typer.confirm("remove all of it, running machines included?")):
         return
-    left = remove_all(account, note=lambda line: console.print(f"  [dim]{line}[/]"))
+    left = remove_all(account, note=lambda line: say(f"  {line}", "dim"))
     if left:
         raise UserError("still there:\n  " + "\n  ".join(map(str, left)) + "\nRun it again, or remove it in the console.")
-    console.print("nothing is left")
+    console.print("nothing is left" + "".join(f"; {line}" for line in unseen))
 
 
 @contextmanager
 def interrupted_by_hangup() -> Iterator[None]:
-    """Let a closed terminal and SIGTERM end a launch as Ctrl-C does: by removing everything."""
+    """Let a closed terminal and SIGTERM end a launch as Ctrl-C does: by removing everything.
+
+    The first of them makes deaf for others, of which a closed terminal sends several: none may come between here and the removal. Who
+    asked for one to be ignored (nohup) has it ignored.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
@@ -264,13 +296,32 @@ def _fetch_earlier(account: Any, session: Any, run: Path) -> None:
         console.print(f"{len(copied)} stage(s) of {run.name} stood in {session.s3}: fetched, they are not made again")
 
 
-def _fetch_copies(launch: Any, ended: Any) -> None:
-    """What a machine that is gone had copied to S3."""
+def _with_copies(launch: Any, ended: Any) -> Any:
+    """How a launch ended once what a machine that is gone had copied to S3 is here too: with all of it, the machine was done."""
+    from suasion.launch.flow import Ended
     from suasion.launch.store import fetch_from_s3
 
-    if launch.session.s3 and ended.how in ("reclaimed", "gone"):
-        fetched = fetch_from_s3(launch.account, launch.session, launch.run)
-        console.print(f"{len(fetched)} more stage(s) fetched from {launch.session.s3}")
+    if ended.how not in ("reclaimed", "gone"):
+        return ended
+    if launch.session.s3:
+        try:
+            fetched = fetch_from_s3(launch.account, launch.session, launch.run)
+            say(f"{len(fetched)} more stage(s) fetched from {launch.session.s3}")
+        except UserError as error:  # what is missing is made again
+            say(str(error), "yellow")
+    code = _how_far(launch.recipe, launch.run.parent)
+    return Ended("finished", code) if code else ended
+
+
+def _how_far(recipe: Any, runs: Path) -> str:
+    """The exit code of a run that has made all stages that are here: '0', or '3' where only those lack that wait for people; else ''."""
+    from suasion.pipeline import needs_people, open_run
+
+    directory = open_run(recipe, runs)
+    missing = {stage for stage in directory.folders if directory.state(stage) != "complete"}
+    if not missing:
+        return "0"
+    return "3" if missing <= needs_people(recipe) | {"human-labels"} else ""
 
 
 def _hours_now(session: Any) -> float:

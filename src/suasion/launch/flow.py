@@ -6,9 +6,12 @@ by what is remembered here; and the machine ends by itself at the cap if nobody 
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
+import os
 import shutil
 import signal
+import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +33,14 @@ from suasion.launch.resources import (
     make_profile,
     remove_all,
     start_instance,
+    subnet_of,
 )
-from suasion.launch.session import Session, key_file, make_key, remove_key, save_session
+from suasion.launch.say import say
+from suasion.launch.session import Session, incoming, key_file, make_key, remove_key, save_session
 from suasion.launch.ssh import Host, Unreachable
 from suasion.machines import MachineTable
 from suasion.pipeline import open_run
-from suasion.progress import console, duration
+from suasion.progress import duration
 from suasion.recipe import Recipe
 from suasion.records import read_json, sha256_file
 from suasion.rundir import MANIFEST, Manifest
@@ -43,6 +48,8 @@ from suasion.rundir import MANIFEST, Manifest
 WHO_AM_I = "https://checkip.amazonaws.com"  # AWS's own, plain text
 BOOT_SECONDS = 600.0
 POLL_SECONDS = 10.0
+PATIENCE_SECONDS = 1800.0  # with what fails here while the machine answers: a full disk can be mended meanwhile
+LOOKS = 3  # for why a machine fell silent while it was set up: AWS says it a moment later
 GONE = ("terminated", "shutting-down", "stopped", "stopping", "absent")
 TAKEN_BACK = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")  # AWS: StateReason codes of DescribeInstances
 NOT_FETCHED = {"labels.db"}  # people may have labelled here meanwhile
@@ -60,7 +67,8 @@ class Ended:
 @dataclass
 class Launch:
     """What a launch needs to know. host_of says where a session's machine is reached; learn, what the caller's address is by now (None: it was
-    named); extras: of the package, to be installed there; poll: the pause between looks, in seconds."""
+    named); extras: of the package, to be installed there; poll: the pause between looks, in seconds; patience: with what fails here while the
+    machine answers."""
 
     account: Account
     recipe: Recipe
@@ -75,6 +83,7 @@ class Launch:
     extras: tuple[str, ...] = ()
     poll: float = POLL_SECONDS
     boot: float = BOOT_SECONDS
+    patience: float = PATIENCE_SECONDS
     clean_up_wait: float = 5.0
 
     @property
@@ -115,14 +124,25 @@ def parse_s3(text: str) -> tuple[str, str]:
 def run_once(launch: Launch, offers: Sequence[Offer], detach: bool = False) -> Ended:
     """Rent one machine, run on it and see it end. Everything made is removed again, unless it was to be left running."""
     left_running = False
+    launch.session.state = "making"  # again, where an earlier machine was removed: whoever looks must find this one
     launch.save()
     if not (launch.run / "recipe.yaml").is_file():
         open_run(launch.recipe, launch.run.parent).write_recipe(launch.recipe)
     failure: UserError | None = None
     try:
         rent(launch, offers)
-        host = launch.host_of(launch.session)
-        deploy(launch, host)
+        try:
+            wait_for_address(launch)
+            host = launch.host_of(launch.session)
+            deploy(launch, host)
+        except (Unreachable, UserError) as error:
+            if taken := _taken_back(launch, LOOKS if isinstance(error, Unreachable) else 1):
+                return taken
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"the machine stopped answering while it was set up ({error}). Look at your network, then run the same command again."
+            ) from error
         launch.session.state = "running"
         launch.save()
         left_running = detach
@@ -152,17 +172,28 @@ def rent(launch: Launch, offers: Sequence[Offer]) -> Offer:
     launch.save()  # from here on things are made; what is made is findable by the session's tags
     profile = make_profile(account, session, *parse_s3(session.s3)) if session.s3 else ""
     images: dict[bool, Image] = {}
-    refusals = []
+    refusals: list[str] = []
+
+    def refuse(offer: Offer, why: str) -> None:
+        refusals.append(f"{offer.type} {offer.market} in {offer.zone}: {why}")
+        say(f"  {refusals[-1]}; trying the next", "yellow")
+
     for offer in offers:
-        hourly = offer.ceiling + launch.table.side_costs(launch.volume_gb)
+        if (gpu := offer.gpus > 0) not in images:
+            images[gpu] = find_image(account, gpu)
+        image = images[gpu]
+        hourly = offer.ceiling + launch.table.side_costs(image.volume_gb(launch.volume_gb))
         hours = session.hours_left(hourly)
         if hours < 0.1:
             raise UserError(
                 f"the caps leave {max(hours, 0):.2f} hours on {offer}: raise --max-hours or --max-dollars "
                 f"(so far {session.spent_hours:.2f} h, ${session.spent_dollars:.2f})."
             )
-        image = images.setdefault(offer.gpus > 0, find_image(account, offer.gpus > 0))
-        group, subnet = make_access(account, session, public_key, launch.caller, offer.zone)
+        place = subnet_of(account, offer.zone)
+        if place is None:
+            refuse(offer, f"no default subnet (aws ec2 create-default-subnet --availability-zone {offer.zone} makes one)")
+            continue
+        group = make_access(account, session, public_key, launch.caller, place.vpc)
         session.launches += 1
         session.offer = str(offer)
         launch.save()
@@ -170,20 +201,18 @@ def rent(launch: Launch, offers: Sequence[Offer]) -> Offer:
             with told(f"start {offer}"):
                 try:
                     session.instance = start_instance(
-                        account, session, offer, image, group, subnet, launch.volume_gb, user_data(hours), profile
+                        account, session, offer, image, group, place.id, launch.volume_gb, user_data(hours), profile
                     )
                 except ClientError as error:
                     if code_of(error) not in NOT_TO_BE_HAD:
                         raise
-                    refusals.append(f"{offer.type} {offer.market} in {offer.zone}: {code_of(error)}")
-                    console.print(f"  [yellow]{refusals[-1]}; trying the next[/]")
+                    refuse(offer, code_of(error))
                     continue
         finally:
             launch.save()
         session.begin(hourly)
         launch.save()
-        console.print(f"started {session.instance}: {offer}; it ends by itself in {duration(hours * 3600)} at the latest")
-        wait_for_address(launch)
+        say(f"started {session.instance}: {offer}; it ends by itself in {duration(hours * 3600)} at the latest")
         return offer
     raise UserError(
         "no machine could be had:\n  " + "\n  ".join(refusals) + "\nTry later, another --region, or the other market."
@@ -209,7 +238,7 @@ def wait_for_address(launch: Launch) -> None:
 
 def deploy(launch: Launch, host: Host) -> None:
     """Send package, recipe, inputs and what exists of the run, and start the service."""
-    console.print(f"waiting for {host.address} to let us in")
+    say(f"waiting for {host.address} to let us in")
     host.wait(launch.boot)
     home = host.run("pwd").decode().strip()
     text, inputs = moved_inputs(launch.recipe, f"{home}/{launch.folder}")
@@ -218,14 +247,13 @@ def deploy(launch: Launch, host: Host) -> None:
         for path in sorted(launch.run.iterdir())
         if path.name not in NOT_UPLOADED
     ]
-    console.print(
-        f"sending package, recipe and {len(inputs)} inputs{f', and {len(earlier)} parts of the run so far' if earlier else ''}"
-    )
+    say(f"sending package, recipe and {len(inputs)} inputs{f', and {len(earlier)} parts of the run so far' if earlier else ''}")
     host.push(
         [*source_tree(), *scripts(), *inputs, *earlier], {"recipe.yaml": text, "settings": settings(launch.session, launch.extras)}, launch.folder
     )  # fmt: skip
-    launch.session.log_read = 0
-    console.print("installing the pinned packages (a few minutes)")
+    log = _log(launch.run)
+    launch.session.log_start = log.stat().st_size if log.is_file() else 0
+    say("installing the pinned packages (a few minutes)")
     tokens = "".join(f"{name}={value}\n" for name, value in launch.environment.items())
     try:
         host.run(f"bash {launch.folder}/install.sh", stdin=tokens.encode(), timeout=1800)
@@ -234,34 +262,63 @@ def deploy(launch: Launch, host: Host) -> None:
 
 
 def follow(launch: Launch, host: Host) -> Ended:
-    """Stream the log and fetch stages as they finish, until the run or the machine ends. A lost connection is waited out."""
+    """Stream the log and fetch stages as they finish, until the run or the machine ends. A lost connection is waited out.
+
+    What fails here while the machine answers is tried again too: a full disk is no reason to end a machine that computes. Raises UserError
+    where it went on failing for as long as the launch's patience.
+    """
     session, run = launch.session, launch.run
-    log = run / "launch" / "log"
+    log = _log(run)
+    read = max(log.stat().st_size - session.log_start, 0) if log.is_file() else 0  # bytes of the machine's log
+    failing: float | None = None  # since when
     while True:
+        answered = False
         try:
-            answer = host.run(f"bash {launch.folder}/poll.sh {session.log_read}")
+            answer = host.run(f"bash {launch.folder}/poll.sh {read}")
+            answered = True
             state, _, rest = answer.partition(b"\n")
             stages, _, said = rest.partition(b"\n")
             if said:
-                with log.open("ab") as handle:
-                    handle.write(said)
-                console.print(said.decode(errors="replace"), end="", markup=False, soft_wrap=True)
-                session.log_read += len(said)
-                launch.save()
+                _keep(log, session.log_start, read, said)
+                say(said.decode(errors="replace"), end="")
+                read += len(said)
             fetch_stages(host, launch.folder, run, stages.decode().split())
             how, _, code = state.decode().partition(" ")
             if how in ("finished", "failed", "reclaimed") and not said:
                 fetch_rest(host, launch, salvage=how != "finished")
                 return Ended(how, code.strip())
+            failing = None
             if said:
                 continue  # there may be more of it
-        except Unreachable as error:
-            gone = _is_gone(launch)
-            if gone:
-                return gone
-            console.print(f"[dim]no connection ({error}); the machine goes on, trying again[/]")
-            let_in(launch)
+        except (Unreachable, UserError, OSError, subprocess.SubprocessError) as error:
+            if isinstance(error, Unreachable):
+                if gone := _is_gone(launch):
+                    return gone
+                let_in(launch)
+            if isinstance(error, Unreachable) and not answered:
+                failing = None
+                say(f"no connection ({error}); the machine goes on, trying again", "dim")
+            else:
+                failing = failing or time.monotonic()
+                if time.monotonic() - failing >= launch.patience:
+                    raise UserError(
+                        f"the machine answers, but for {duration(launch.patience)} this has failed: {error}\nMend that, then give the same command "
+                        f"again: it goes on. What was fetched is in {run}."
+                    ) from error
+                say(f"{error}; trying again", "yellow")
         time.sleep(launch.poll)
+
+
+def _log(run: Path) -> Path:
+    return run / "launch" / "log"
+
+
+def _keep(log: Path, start: int, position: int, said: bytes) -> None:
+    """Add to the log here what is not in it yet: several commands may follow one machine. position: of `said` in the machine's own log."""
+    with log.open("ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        here = handle.seek(0, os.SEEK_END) - start
+        handle.write(said[max(here - position, 0) :])
 
 
 def let_in(launch: Launch) -> None:
@@ -273,9 +330,9 @@ def let_in(launch: Launch) -> None:
         if address != launch.caller:
             admit(launch.account, launch.session, address)
             launch.caller = address
-            console.print(f"[dim]your address is {address} now, and is let in[/]")
+            say(f"your address is {address} now, and is let in", "dim")
     except UserError as error:
-        console.print(f"[dim]{error}[/]")
+        say(str(error), "dim")
 
 
 def _is_gone(launch: Launch) -> Ended | None:
@@ -295,24 +352,56 @@ def _is_gone(launch: Launch) -> Ended | None:
     return Ended("reclaimed" if facts["reason"] in TAKEN_BACK else "gone", facts["reason"])
 
 
-def fetch_stages(host: Host, folder: str, run: Path, names: Sequence[str]) -> list[str]:
+def _taken_back(launch: Launch, looks: int) -> Ended | None:
+    """That AWS took a machine back while it was set up; None where it did not."""
+    for look in range(looks):
+        if look:
+            time.sleep(launch.poll)
+        if gone := _is_gone(launch):
+            return gone if gone.how == "reclaimed" else None
+    return None
+
+
+@contextmanager
+def _arriving(run: Path) -> Iterator[Path]:
+    """An empty folder for what comes."""
+    folder = incoming(run)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_here(run: Path, name: str) -> bool:
+    return (run / name / MANIFEST).is_file()
+
+
+def _put(came: Path, target: Path) -> None:
+    """Move what came into the run by renames alone; what stood there, such as an attempt that the machine has finished, goes with the rest
+    of the incoming folder."""
+    if target.is_dir():
+        target.replace(came.with_name(f"{came.name}.before"))
+    came.replace(target)
+
+
+def fetch_stages(host: Host, folder_there: str, run: Path, names: Sequence[str]) -> list[str]:
     """Fetch finished stages that are not here yet, each checked against the hashes of its own manifest before it counts.
 
     Returns the names of those that came. Raises Unreachable where the connection ends, UserError where a file is not what the manifest says.
     """
     fetched = []
     for name in names:
-        if (run / name / MANIFEST).is_file():
+        if _is_here(run, name):
             continue
-        incoming = run / "launch" / "incoming"
-        shutil.rmtree(incoming, ignore_errors=True)
-        host.pull([name], f"{folder}/runs/{run.name}", incoming)
-        check_stage(incoming / name)
-        if (run / name).exists():  # an unfinished attempt that the machine has finished
-            shutil.rmtree(run / name)
-        (incoming / name).replace(run / name)
+        with _arriving(run) as folder:
+            host.pull([name], f"{folder_there}/runs/{run.name}", folder)
+            if _is_here(run, name):
+                continue  # another command was faster
+            check_stage(folder / name)
+            _put(folder / name, run / name)
         fetched.append(name)
-        console.print(f"[green]fetched {name}[/]")
+        say(f"fetched {name}", "green")
     return fetched
 
 
@@ -329,26 +418,21 @@ def check_stage(folder: Path) -> None:
 def fetch_rest(host: Host, launch: Launch, salvage: bool) -> None:
     """Times, and of a run that did not finish the unfinished stage with its checkpoints and journals, so that another machine goes on."""
     run = launch.run
-    incoming = run / "launch" / "incoming"
-    shutil.rmtree(incoming, ignore_errors=True)
-    listed = host.run(f"ls {launch.folder}/runs/{run.name} 2> /dev/null || true").decode().split()
-    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED and not (run / name / MANIFEST).is_file()]
-    host.pull(
-        names if salvage else [name for name in names if name == "timings.json"], f"{launch.folder}/runs/{run.name}", incoming
-    )
-    for path in sorted(incoming.iterdir()):
-        target = run / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    shutil.rmtree(incoming)
+    there = f"{launch.folder}/runs/{run.name}"
+    listed = host.run(f"ls {there} 2> /dev/null || true").decode().split()
+    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED and not _is_here(run, name)]
+    with _arriving(run) as folder:
+        host.pull(names if salvage else [name for name in names if name == "timings.json"], there, folder)
+        for path in sorted(folder.iterdir()):
+            if not _is_here(run, path.name):
+                _put(path, run / path.name)
 
 
 def clean_up(account: Account, session: Session, run: Path, wait: float = 5.0) -> None:
     """Remove everything of a session, deaf to Ctrl-C meanwhile. Raises UserError where something is left, and says what ends it."""
     with _uninterrupted():
-        console.print("removing everything that was made")
-        left = remove_all(account, session.id, wait=wait, note=lambda line: console.print(f"  [dim]{line}[/]", soft_wrap=True))
+        say("removing everything that was made")
+        left = remove_all(account, session, wait=wait, note=lambda line: say(f"  {line}", "dim"))
         running = session.started is not None and any(item.kind in ("instance", "unknown") for item in left)
         hours = session.hours_left(session.hourly) - (time.time() - (session.started or 0)) / 3600 if running else 0.0
         if not running:  # one that may still run is not forgotten: logs, fetch and stop go on with it
@@ -364,16 +448,16 @@ def clean_up(account: Account, session: Session, run: Path, wait: float = 5.0) -
         session.state = "removed"
         save_session(run, session)
         remove_key(session)
-        console.print(f"nothing is left; {session.spent_hours:.2f} h, about ${session.spent_dollars:.2f}")
+        say(f"nothing is left; {session.spent_hours:.2f} h, about ${session.spent_dollars:.2f}")
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    def say(number: int, frame: Any) -> None:
-        console.print("  still removing what costs money; this takes a minute", style="yellow")
+    def not_now(number: int, frame: Any) -> None:
+        say("  still removing what costs money; this takes a minute", "yellow")
 
     try:
-        before = {number: signal.signal(number, say) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.signal(number, not_now) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     except ValueError:  # not the main thread: signals go elsewhere
         before = {}
     try:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from suasion.errors import UserError
 from suasion.launch.account import Account, code_of, told
 from suasion.launch.offers import Offer
 from suasion.launch.session import Session
 
 RUN_TAG, SESSION_TAG = "suasion:run", "suasion:session"
-IAM_PATH = "/suasion/"
+UNSEEN = "may not be looked at"
 ROUNDS = 120  # of 5 seconds: large GPU machines take minutes to shut down, and their security group stays as long
 WAIT_SECONDS = 5.0
 PROFILE_TRIES = 25
@@ -51,6 +50,18 @@ class Image:
     root: str
     gb: int
 
+    def volume_gb(self, wanted: int) -> int:
+        """Size of the volume that is rented, and paid, where so many GB are wanted."""
+        return max(wanted, self.gb)
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """A zone's default subnet and the network that it belongs to."""
+
+    id: str
+    vpc: str
+
 
 def tags(session: Session) -> list[dict[str, str]]:
     """Tags of everything that a session makes."""
@@ -59,6 +70,11 @@ def tags(session: Session) -> list[dict[str, str]]:
         {"Key": RUN_TAG, "Value": session.name},
         {"Key": SESSION_TAG, "Value": session.id},
     ]
+
+
+def iam_path(region: str) -> str:
+    """Where roles and profiles of launches in a region stand: IAM has no region, and those of another one are not ours to remove."""
+    return f"/suasion/{region}/"
 
 
 def find_image(account: Account, gpu: bool) -> Image:
@@ -71,8 +87,17 @@ def find_image(account: Account, gpu: bool) -> Image:
         return Image(image, root, int(volumes.get(root, 8)))
 
 
-def make_access(account: Account, session: Session, public_key: bytes, caller: str, zone: str) -> tuple[str, str]:
-    """Key pair and security group that admits only the caller's address by ssh. Returns group and subnet of the zone.
+def subnet_of(account: Account, zone: str) -> Subnet | None:
+    """The zone's default subnet; None where it has none."""
+    with told(f"find the subnet of {zone}"):
+        subnets = account.ec2.describe_subnets(
+            Filters=[{"Name": "default-for-az", "Values": ["true"]}, {"Name": "availability-zone", "Values": [zone]}]
+        )["Subnets"]
+        return Subnet(subnets[0]["SubnetId"], subnets[0]["VpcId"]) if subnets else None
+
+
+def make_access(account: Account, session: Session, public_key: bytes, caller: str, vpc: str) -> str:
+    """Key pair and security group that admits only the caller's address by ssh. Returns the group.
 
     Both may exist already from an attempt whose answer was lost; they are the session's own then.
     """
@@ -81,23 +106,16 @@ def make_access(account: Account, session: Session, public_key: bytes, caller: s
             "InvalidKeyPair.Duplicate", account.ec2.import_key_pair, KeyName=session.label, PublicKeyMaterial=public_key,
             TagSpecifications=[{"ResourceType": "key-pair", "Tags": tags(session)}],
         )  # fmt: skip
-        subnets = account.ec2.describe_subnets(
-            Filters=[{"Name": "default-for-az", "Values": ["true"]}, {"Name": "availability-zone", "Values": [zone]}]
-        )["Subnets"]
-        if not subnets:
-            raise UserError(
-                f"{zone} has no default subnet. Make one with: aws ec2 create-default-subnet --availability-zone {zone}"
-            )
         group = _group(account, session)
         if not group:
             _unless_there(
-                "InvalidGroup.Duplicate", account.ec2.create_security_group, GroupName=session.label, VpcId=subnets[0]["VpcId"],
+                "InvalidGroup.Duplicate", account.ec2.create_security_group, GroupName=session.label, VpcId=vpc,
                 Description="ssh from the caller of suasion launch, nothing else",
                 TagSpecifications=[{"ResourceType": "security-group", "Tags": tags(session)}],
             )  # fmt: skip
             group = _group(account, session)
         _admit(account, group, caller)
-    return group, subnets[0]["SubnetId"]
+    return group
 
 
 def make_profile(account: Account, session: Session, bucket: str, prefix: str) -> str:
@@ -116,14 +134,14 @@ def make_profile(account: Account, session: Session, bucket: str, prefix: str) -
     name = session.label
     with told("make the instance profile for S3"):
         _unless_there(
-            "EntityAlreadyExists", account.iam.create_role, RoleName=name, Path=IAM_PATH, AssumeRolePolicyDocument=json.dumps(trust), Tags=tags(session)
+            "EntityAlreadyExists", account.iam.create_role, RoleName=name, Path=iam_path(session.region), AssumeRolePolicyDocument=json.dumps(trust), Tags=tags(session)
         )  # fmt: skip
         account.iam.put_role_policy(RoleName=name, PolicyName="results", PolicyDocument=json.dumps(rights))
         _unless_there(
             "EntityAlreadyExists",
             account.iam.create_instance_profile,
             InstanceProfileName=name,
-            Path=IAM_PATH,
+            Path=iam_path(session.region),
             Tags=tags(session),
         )
         _unless_there("LimitExceeded", account.iam.add_role_to_instance_profile, InstanceProfileName=name, RoleName=name)
@@ -155,7 +173,7 @@ def start_instance(
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1},
         "NetworkInterfaces": [{"DeviceIndex": 0, "SubnetId": subnet, "Groups": [group], "AssociatePublicIpAddress": True, "DeleteOnTermination": True}],
         "BlockDeviceMappings": [
-            {"DeviceName": image.root, "Ebs": {"VolumeSize": max(volume_gb, image.gb), "VolumeType": "gp3", "DeleteOnTermination": True, "Encrypted": True}}
+            {"DeviceName": image.root, "Ebs": {"VolumeSize": image.volume_gb(volume_gb), "VolumeType": "gp3", "DeleteOnTermination": True, "Encrypted": True}}
         ],
         "TagSpecifications": [{"ResourceType": kind, "Tags": tags(session)} for kind in ("instance", "volume")],
     }  # fmt: skip
@@ -232,9 +250,14 @@ def instance_facts(account: Account, instance: str) -> dict[str, Any]:
     }
 
 
-def find_all(account: Account, session: str = "") -> list[Found]:
-    """Everything in the region (and IAM) that a launch made and that is still there; of one session only, where it is named."""
-    wanted = [{"Name": f"tag:{SESSION_TAG}", "Values": [session]}] if session else [{"Name": "tag-key", "Values": [SESSION_TAG]}]
+def find_all(account: Account, session: Session | None = None, note: Callable[[str], None] = lambda line: None) -> list[Found]:
+    """Everything of the region that a launch made and that is still there; of one session only, where it is named.
+
+    note: is told what could not be looked for.
+    """
+    wanted = (
+        [{"Name": f"tag:{SESSION_TAG}", "Values": [session.id]}] if session else [{"Name": "tag-key", "Values": [SESSION_TAG]}]
+    )
     found: list[Found] = []
     states = [{"Name": "instance-state-name", "Values": ["pending", "running", "shutting-down", "stopping", "stopped"]}]
     for page in account.ec2.get_paginator("describe_instances").paginate(Filters=[*wanted, *states]):
@@ -246,13 +269,14 @@ def find_all(account: Account, session: str = "") -> list[Found]:
         found += [_found("security group", item["GroupId"], item.get("Tags", [])) for item in page["SecurityGroups"]]
     keys = account.ec2.describe_key_pairs(Filters=wanted)["KeyPairs"]
     found += [_found("key pair", item["KeyName"], item.get("Tags", [])) for item in keys]
-    found += [item for item in _find_iam(account) if not session or item.session == session]
+    if session is None or session.s3:  # without S3 neither role nor profile was made
+        found += _find_iam(account, session, note)
     return found
 
 
 def remove_all(
     account: Account,
-    session: str = "",
+    session: Session | None = None,
     rounds: int = ROUNDS,
     wait: float = WAIT_SECONDS,
     note: Callable[[str], None] = lambda line: None,
@@ -265,12 +289,13 @@ def remove_all(
     from botocore.exceptions import BotoCoreError, ClientError
 
     left: list[Found] = []
+    gone: set[Found] = set()  # of what may not be looked at: it was removed, or AWS said that it is not there
     clean = 0
     for attempt in range(rounds):
         if attempt:
             time.sleep(wait)
         try:
-            left = find_all(account, session)
+            left = [item for item in find_all(account, session) if item not in gone]
         except (BotoCoreError, ClientError) as error:
             note(f"could not look for what is left: {error}")
             clean = 0
@@ -281,12 +306,14 @@ def remove_all(
         for item in left:
             try:
                 _remove(account, item)
+                if item.detail == UNSEEN:
+                    gone.add(item)
             except ClientError as error:
                 if code_of(error) not in ("DependencyViolation", "DeleteConflict"):
                     note(f"could not remove {item}: {error}")
             except BotoCoreError as error:
                 note(f"could not remove {item}: {error}")
-    return left or ([] if clean else [Found("unknown", "AWS did not answer", "", session)])
+    return left or ([] if clean else [Found("unknown", "AWS did not answer", "", session.id if session else "")])
 
 
 def _remove(account: Account, item: Found) -> None:
@@ -298,30 +325,41 @@ def _remove(account: Account, item: Found) -> None:
     elif item.kind == "key pair":
         account.ec2.delete_key_pair(KeyName=item.id)
     elif item.kind == "instance profile":
-        for role in account.iam.get_instance_profile(InstanceProfileName=item.id)["InstanceProfile"]["Roles"]:
-            account.iam.remove_role_from_instance_profile(InstanceProfileName=item.id, RoleName=role["RoleName"])
-        account.iam.delete_instance_profile(InstanceProfileName=item.id)
+        _unless_there("NoSuchEntity", _remove_profile, account=account, name=item.id)
     elif item.kind == "role":
         _unless_there("NoSuchEntity", account.iam.delete_role_policy, RoleName=item.id, PolicyName="results")
-        account.iam.delete_role(RoleName=item.id)
+        _unless_there("NoSuchEntity", account.iam.delete_role, RoleName=item.id)
 
 
-def _find_iam(account: Account) -> Iterator[Found]:
-    """Roles and profiles by their path; an account that may not list them cannot have made any."""
+def _remove_profile(account: Account, name: str) -> None:
+    for role in account.iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Roles"]:
+        account.iam.remove_role_from_instance_profile(InstanceProfileName=name, RoleName=role["RoleName"])
+    account.iam.delete_instance_profile(InstanceProfileName=name)
+
+
+def _find_iam(account: Account, session: Session | None, note: Callable[[str], None]) -> Iterator[Found]:
+    """Roles and profiles by their path. The rights to make and to list them are given apart: where they may not be listed, a session's own
+    are known by their name, and for all others `note` is told."""
     from botocore.exceptions import ClientError
 
+    path = iam_path(account.region)
     for kind, operation, key, name in (
         ("instance profile", "list_instance_profiles", "InstanceProfiles", "InstanceProfileName"),
         ("role", "list_roles", "Roles", "RoleName"),
     ):
         try:
-            for page in account.iam.get_paginator(operation).paginate(PathPrefix=IAM_PATH):
-                for item in page[key]:
-                    run, _, session = item[name].removeprefix("suasion-").rpartition("-")
-                    yield Found(kind, item[name], run, session)
+            for page in account.iam.get_paginator(operation).paginate(PathPrefix=path):
+                for item in (item for item in page[key] if item["Path"] == path):
+                    run, _, of_session = item[name].removeprefix("suasion-").rpartition("-")
+                    if session is None or of_session == session.id:
+                        yield Found(kind, item[name], run, of_session)
         except ClientError as error:
             if code_of(error) != "AccessDenied":
                 raise
+            if session:
+                yield Found(kind, session.label, session.name, session.id, UNSEEN)
+            else:
+                note(f"{kind}s could not be looked for: your credentials may not list them")
 
 
 def _group(account: Account, session: Session) -> str:

@@ -6,11 +6,15 @@ user alone. A session belongs to one account: with the credentials of another, e
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import secrets
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +25,12 @@ from suasion.launch.account import Account
 from suasion.records import read_json, write_json
 
 State = Literal["making", "running", "finished", "removed"]
+LONGEST_ROLE = 64  # characters in the name of a role. AWS documentation "IAM and AWS STS quotas"
 
 
 class Session(BaseModel):
-    """One launch. Times are seconds since 1970; spent counts machines that have ended already."""
+    """One launch. Times are seconds since 1970; spent counts machines that have ended already. log_start: bytes of the log here that earlier
+    machines wrote."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,7 +53,7 @@ class Session(BaseModel):
     user: str = "ubuntu"
     port: int = 22
     s3: str = ""
-    log_read: int = 0
+    log_start: int = 0
 
     @property
     def label(self) -> str:
@@ -72,7 +78,7 @@ class Session(BaseModel):
 
 
 def new_session(run: Path, account: Account, max_hours: float, max_dollars: float, s3: str) -> Session:
-    """A fresh session of a run directory. Raises UsageError where an earlier one has not ended."""
+    """A fresh session of a run directory. Raises UsageError where an earlier one has not ended, or where AWS takes no name as long."""
     if (old := session_file(run)).is_file():
         earlier = load_session(run)
         if earlier.state != "removed":
@@ -80,9 +86,15 @@ def new_session(run: Path, account: Account, max_hours: float, max_dollars: floa
                 f"{run.name} is launched already ({old}: {earlier.state}). Look at it with: suasion launch status {run.name}, or end it with: "
                 f"suasion launch stop {run.name}"
             )
-    return Session(
+    session = Session(
         name=run.name, id=secrets.token_hex(4), account=account.id, region=account.region, max_hours=max_hours, max_dollars=max_dollars, s3=s3
     )  # fmt: skip
+    if s3 and (over := len(session.label) - LONGEST_ROLE) > 0:
+        raise UsageError(
+            f"with --s3 a role is made that is named {session.label}, and AWS takes at most {LONGEST_ROLE} characters: give the recipe a name "
+            f"of at most {len(run.name) - over}, or leave --s3 out. Nothing was made."
+        )
+    return session
 
 
 def session_file(run: Path) -> Path:
@@ -91,9 +103,35 @@ def session_file(run: Path) -> Path:
 
 
 def save_session(run: Path, session: Session) -> None:
-    """Write it, by rename."""
-    session_file(run).parent.mkdir(parents=True, exist_ok=True)
-    write_json(session_file(run), session.model_dump(mode="json"))
+    """Write it, by rename from a file of this process's own: `launch stop` may write at the same time."""
+    file = session_file(run)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = file.with_name(f"session-{os.getpid()}.json")
+    write_json(own, session.model_dump(mode="json"))
+    own.replace(file)
+
+
+def incoming(run: Path) -> Path:
+    """Where this process puts what it fetches until it is whole. Each has its own: `launch fetch` runs beside the command that rents."""
+    return run / "launch" / f"incoming-{os.getpid()}"
+
+
+@contextmanager
+def in_charge(run: Path) -> Iterator[bool]:
+    """Whether this process is the one that ends the run's machines. One is, the others look on: where a spot machine is taken back, the
+    one in charge may have the next one already. The lock goes with the process, so that kill -9 releases it."""
+    folder = session_file(run).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            mine = False
+        else:
+            mine = True
+        yield mine
 
 
 def load_session(run: Path) -> Session:

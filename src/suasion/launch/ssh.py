@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,9 +102,10 @@ class Host:
                         archive.addfile(entry, io.BytesIO(content))
             except BrokenPipeError:
                 pass  # the exit code below says what happened
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # what is still in the buffer is sent now
+                process.stdin.close()
             said = process.stderr.read().decode(errors="replace").strip()
-            process.wait(timeout)
+            _wait(process, timeout)
         if process.returncode == CONNECTION_LOST:
             raise Unreachable(said)
         if process.returncode:
@@ -128,6 +130,15 @@ class Host:
             except (tarfile.ReadError, EOFError) as error:
                 process.kill()
                 raise Unreachable(f"the copy broke off: {error}") from error
-            process.wait(60)
+            _wait(process, 60)
         if process.returncode:
             raise Unreachable(f"the copy ended with code {process.returncode}")
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Raises Unreachable where ssh has not ended by then."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        raise Unreachable(f"no end of the copy in {seconds:.0f} s") from error
