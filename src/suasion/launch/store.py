@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Collection
@@ -14,8 +13,8 @@ from pydantic import ValidationError
 from suasion.errors import UserError
 from suasion.launch.account import Account, told
 from suasion.launch.flow import check_stage, parse_s3
-from suasion.launch.session import Session
-from suasion.progress import console
+from suasion.launch.say import say
+from suasion.launch.session import Session, incoming
 from suasion.records import read_json, write_json
 from suasion.rundir import MANIFEST, Manifest
 
@@ -32,11 +31,11 @@ def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
     bucket, prefix = parse_s3(session.s3)
     base = f"{prefix}/{session.name}/"
     s3 = account.client("s3")
-    incoming = run / "launch" / f"incoming-{os.getpid()}"  # of this process: another may be fetching too
+    folder = incoming(run)
     fetched = []
 
     def get(key: str) -> Path:
-        target = incoming / key
+        target = folder / key
         target.parent.mkdir(parents=True, exist_ok=True)
         s3.download_file(bucket, base + key, str(target))
         return target
@@ -48,31 +47,27 @@ def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
             for stage in sorted(found[1] for key in keys if (found := STAGE.fullmatch(key))):
                 if (run / stage / MANIFEST).is_file():
                     continue
-                shutil.rmtree(incoming, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 try:
                     for key in _outputs(get(f"{stage}/{MANIFEST}"), stage, keys):
                         get(key)
-                    check_stage(incoming / stage)
+                    check_stage(folder / stage)
                 except UserError as error:
                     why = str(error).partition(". ")[0]
-                    console.print(
-                        f"{stage} in {session.s3} is not whole and left out, a run makes it again: {why}",
-                        style="yellow",
-                        markup=False,
-                    )
+                    say(f"{stage} in {session.s3} is not whole and left out, a run makes it again: {why}", "yellow")
                     continue
                 if (run / stage / MANIFEST).is_file():
                     continue  # another command was faster
                 if (
                     run / stage
                 ).exists():  # an unfinished attempt that the machine has finished; it goes with the incoming folder
-                    (run / stage).replace(incoming / f"{stage}.before")
-                (incoming / stage).replace(run / stage)
+                    (run / stage).replace(folder / f"{stage}.before")
+                (folder / stage).replace(run / stage)
                 fetched.append(stage)
             if TIMINGS in keys:
                 _add_times(run / TIMINGS, read_json(get(TIMINGS)))
         finally:
-            shutil.rmtree(incoming, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     return fetched
 
 
