@@ -373,11 +373,12 @@ def _arriving(run: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_here(run: Path, name: str) -> bool:
+def is_here(run: Path, name: str) -> bool:
+    """Whether a stage is finished in the run."""
     return (run / name / MANIFEST).is_file()
 
 
-def _put(came: Path, target: Path) -> None:
+def put_in_place(came: Path, target: Path) -> None:
     """Move what came into the run by renames alone; what stood there, such as an attempt that the machine has finished, goes with the rest
     of the incoming folder."""
     if target.is_dir():
@@ -392,14 +393,14 @@ def fetch_stages(host: Host, folder_there: str, run: Path, names: Sequence[str])
     """
     fetched = []
     for name in names:
-        if _is_here(run, name):
+        if is_here(run, name):
             continue
         with _arriving(run) as folder:
             host.pull([name], f"{folder_there}/runs/{run.name}", folder)
-            if _is_here(run, name):
+            if is_here(run, name):
                 continue  # another command was faster
             check_stage(folder / name)
-            _put(folder / name, run / name)
+            put_in_place(folder / name, run / name)
         fetched.append(name)
         say(f"fetched {name}", "green")
     return fetched
@@ -420,12 +421,12 @@ def fetch_rest(host: Host, launch: Launch, salvage: bool) -> None:
     run = launch.run
     there = f"{launch.folder}/runs/{run.name}"
     listed = host.run(f"ls {there} 2> /dev/null || true").decode().split()
-    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED and not _is_here(run, name)]
+    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED and not is_here(run, name)]
     with _arriving(run) as folder:
         host.pull(names if salvage else [name for name in names if name == "timings.json"], there, folder)
         for path in sorted(folder.iterdir()):
-            if not _is_here(run, path.name):
-                _put(path, run / path.name)
+            if not is_here(run, path.name):
+                put_in_place(path, run / path.name)
 
 
 def clean_up(account: Account, session: Session, run: Path, wait: float = 5.0) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from suasion.errors import UserError
 from suasion.launch.account import Account, told
-from suasion.launch.flow import check_stage, parse_s3
+from suasion.launch.flow import check_stage, is_here, parse_s3, put_in_place
 from suasion.launch.say import say
 from suasion.launch.session import Session, incoming
 from suasion.records import read_json, write_json
@@ -45,7 +45,7 @@ def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
         keys = {item["Key"].removeprefix(base) for page in pages for item in page.get("Contents", [])}
         try:
             for stage in sorted(found[1] for key in keys if (found := STAGE.fullmatch(key))):
-                if (run / stage / MANIFEST).is_file():
+                if is_here(run, stage):
                     continue
                 shutil.rmtree(folder, ignore_errors=True)
                 try:
@@ -56,13 +56,9 @@ def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
                     why = str(error).partition(". ")[0]
                     say(f"{stage} in {session.s3} is not whole and left out, a run makes it again: {why}", "yellow")
                     continue
-                if (run / stage / MANIFEST).is_file():
+                if is_here(run, stage):
                     continue  # another command was faster
-                if (
-                    run / stage
-                ).exists():  # an unfinished attempt that the machine has finished; it goes with the incoming folder
-                    (run / stage).replace(folder / f"{stage}.before")
-                (folder / stage).replace(run / stage)
+                put_in_place(folder / stage, run / stage)
                 fetched.append(stage)
             if TIMINGS in keys:
                 _add_times(run / TIMINGS, read_json(get(TIMINGS)))
