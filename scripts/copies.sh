@@ -40,6 +40,7 @@ WHOLE
 }
 keep() {
   [ -d "$1" ] || return 0
+  exec 9< "$1"; flock 9   # one copies at a time: the last must not find half of a file that the one before still writes
   mkdir -p "$2"
   for here in "$1"/[0-9][0-9]-*/; do
     there=$2/$(basename "$here")
@@ -51,6 +52,7 @@ keep() {
   to=$(cd "$2" && pwd)
   cd "$1"
   files=$(find . -type f ! -name .lock ! -path './coming/*')
+  [ -n "$files" ] || return 0
   for part in -vE -E; do   # marks last, and of those only what was there before the rest was copied
     { grep "$part" "$marks" || true; } <<< "$files" | xargs -rd '\n' cp -u --preserve=timestamps --parents -t "$to"
   done

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import re
 import signal
@@ -20,16 +21,20 @@ import pytest
 boto3 = pytest.importorskip("boto3")
 
 from aws_server import IMAGE, MAKING, serve  # noqa: E402
+from boto3.exceptions import RetriesExceededError  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 from suasion.errors import UsageError, UserError  # noqa: E402
 from suasion.launch import flow, machine, resources  # noqa: E402
-from suasion.launch.account import Account  # noqa: E402
+from suasion.launch.account import Account, told  # noqa: E402
 from suasion.launch.flow import Launch, run_once  # noqa: E402
 from suasion.launch.offers import QUOTAS, Offer, find_offers  # noqa: E402
-from suasion.launch.session import key_file, load_session, new_session, require_same_account, session_file  # noqa: E402
+from suasion.launch.say import say  # noqa: E402
+from suasion.launch.session import key_file, load_session, new_session, require_same_account, save_session, session_file  # noqa: E402
 from suasion.launch.store import fetch_from_s3  # noqa: E402
 from suasion.machines import load_machines  # noqa: E402
 from suasion.recipe import load_recipe  # noqa: E402
+from suasion.records import read_json, write_json  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 TYPES = ["g5.xlarge"]
@@ -698,3 +703,26 @@ def test_stop_status_and_sweep_up_from_the_command_line(aws, tmp_path, monkeypat
     assert len(left(aws)) == 4
     assert command("sweep-up", "--region", "us-east-1", "--yes").output.endswith("nothing is left\n")
     assert left(aws) == []
+
+
+def test_what_a_terminal_cannot_show_silences_nothing(monkeypatch) -> None:
+    written = io.BytesIO()
+    terminal = Console(file=io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    monkeypatch.setattr("suasion.launch.say.console", terminal)
+    say("a letter — that ASCII lacks")
+    say("waiting for people")
+    assert written.getvalue().decode().split("\n")[:2] == ["a letter ? that ASCII lacks", "waiting for people"]
+
+
+def test_a_transfer_that_was_tried_often_enough_is_an_error_in_words() -> None:
+    """It is neither of botocore's two kinds."""
+    with pytest.raises(UserError, match="could not fetch"), told("fetch"):
+        raise RetriesExceededError(ConnectionError("lost"))
+
+
+def test_a_session_of_another_version_is_still_found(tmp_path, aws) -> None:
+    session = new_session(tmp_path / "tiny", Account("us-east-1"), 1.0, 1.0, "")
+    save_session(tmp_path / "tiny", session)
+    file = session_file(tmp_path / "tiny")
+    write_json(file, {**read_json(file), "of_another_version": 1})
+    assert load_session(tmp_path / "tiny") == session

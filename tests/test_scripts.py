@@ -235,6 +235,9 @@ def test_copies_are_whole_stages_of_one_attempt(tree, servers) -> None:
     assert "02-pools in kept is not whole: it is made again" in copies(tree, "take", "kept", "runs/tiny")
     assert sorted(path.name for path in run.iterdir()) == ["01-corpus", "03-sft"]
     assert (run / "01-corpus" / "rows.jsonl").read_text() == "other\n"
+    (tree / "runs" / "begun").mkdir()
+    (tree / "runs" / "begun" / ".lock").touch()
+    copies(tree, "keep", "runs/begun", "kept")  # nothing to copy is no error
 
 
 def test_skypilot_tasks_name_options_that_exist() -> None:

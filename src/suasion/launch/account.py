@@ -70,6 +70,7 @@ class Account:
 @contextmanager
 def told(doing: str) -> Iterator[None]:
     """Turn boto3's errors into messages with the next step. `doing` completes 'could not ...'."""
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     try:
@@ -88,7 +89,7 @@ def told(doing: str) -> Iterator[None]:
         elif code in FORBIDDEN:
             step = "Your credentials may not do this; docs/EXECUTION_GUIDE.md lists the permissions that launch needs."
         raise UserError(f"could not {doing}: AWS says {code}: {message.rstrip('.')}. {step}") from error
-    except BotoCoreError as error:
+    except (BotoCoreError, Boto3Error) as error:  # the latter where a transfer of S3 was tried often enough
         raise UserError(f"could not {doing}: {error}. Look at the network and at AWS's status, then try again.") from error
 
 

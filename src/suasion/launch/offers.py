@@ -75,8 +75,7 @@ class Offer:
 
 def family(instance_type: str, market: Market) -> str:
     """Which quota a type counts against: g, p, p5 (spot only) or standard. '' for families that are not known here."""
-    letters = re.match("[a-z]*", instance_type)
-    known = FAMILIES.get(letters[0] if letters else "", "")
+    known = FAMILIES.get(re.split("[^a-z]", instance_type, maxsplit=1)[0], "")
     return "p5" if known == "p" and market == "spot" and instance_type.startswith("p5") else known
 
 

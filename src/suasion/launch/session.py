@@ -24,7 +24,7 @@ from suasion.errors import UsageError, UserError
 from suasion.launch.account import Account
 from suasion.records import read_json, write_json
 
-State = Literal["making", "running", "finished", "removed"]
+State = Literal["making", "running", "removed"]
 LONGEST_ROLE = 64  # characters in the name of a role. AWS documentation "IAM and AWS STS quotas"
 
 
@@ -32,7 +32,7 @@ class Session(BaseModel):
     """One launch. Times are seconds since 1970; spent counts machines that have ended already. log_start: bytes of the log here that earlier
     machines wrote."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # another version may remember more, and its machine must still be found
 
     format: Literal["launch/1"] = "launch/1"
     name: str

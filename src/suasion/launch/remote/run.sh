@@ -26,7 +26,7 @@ restore() {    # stages that S3 has and nobody sent: the unfinished one of a mac
     [ ! -e "runs/$NAME/$folder" ] || continue
     rm -rf coming   # a copy that breaks off counts for nothing
     aws s3 sync --only-show-errors "$S3/$NAME/$folder/" "coming/$folder" >> log 2>&1 < /dev/null || continue
-    [ ! -s copied ] || (cd coming && find . -type f -printf '%P\n' | grep -vxFf ../copied | xargs -rd '\n' rm; find . -type d -empty -delete)
+    [ ! -s copied ] || (cd coming || exit; find . -type f -printf '%P\n' | grep -vxFf ../copied | xargs -rd '\n' rm; find . -type d -empty -delete)
     [ -d "coming/$folder" ] || continue
     # The caller fetched, and sent, every finished stage that was whole.
     [ ! -f "coming/$folder/manifest.json" ] || { echo "$folder in $S3/$NAME is not whole: it is made again" >> log; continue; }
