@@ -170,7 +170,7 @@ def test_a_recipe_file_that_is_none_any_more_is_a_fault(tmp_path, text):
         ("pools", "sft.jsonl", ("pools says 32 rows of sft, 31", "the recipe asks for 32", "sft took 32 rows, but 31 lie")),
         ("pools", "rlaif.jsonl", ("pools says 16 rows of rlaif, 15", "sample took 28 rows, but 27 lie")),
         ("pools", "grader_pairs.jsonl", ("rows of grader_pairs", "pools made")),
-        ("pools", "eval.jsonl", ("evaluate took 8 rows, but 7 lie", "its texts give 147 comparisons")),
+        ("pools", "eval.jsonl", ("evaluate took 6 rows, but 5 lie", "its texts give 105 comparisons")),
         ("sft", "metrics.jsonl", ("sft: 32 rows give 8 steps, it says 8, and 7 lie",)),
         ("sample", "responses.jsonl", ("sample says 56 responses to 28 prompts, 55 lie",)),
         ("sample", "pairs.jsonl", ("sample made", "ai-labels took", "human-labels took")),
@@ -179,8 +179,8 @@ def test_a_recipe_file_that_is_none_any_more_is_a_fault(tmp_path, text):
         ("preferences", "rlhf.jsonl", ("counts.json says", "the manifest says", "dpo-rlhf took")),
         ("dpo-rlaif", "metrics.jsonl", ("dpo-rlaif: ",)),
         ("dpo-rlhf", "reference.jsonl", ("dpo-rlhf made",)),
-        ("evaluate", "responses.jsonl", ("6 models and 8 prompts do not give the 47 responses",)),
-        ("evaluate", "verdicts.jsonl", ("evaluate made 168 rows, but 167 lie", "report took 168 rows, but 167 lie")),
+        ("evaluate", "responses.jsonl", ("6 models and 6 prompts do not give the 35 responses",)),
+        ("evaluate", "verdicts.jsonl", ("evaluate made 126 rows, but 125 lie", "report took 126 rows, but 125 lie")),
     ],
 )
 def test_a_row_that_is_gone_is_missed(copy, stage, file, messages):
