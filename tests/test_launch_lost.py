@@ -29,9 +29,10 @@ from suasion.launch.machine import Upload
 from suasion.launch.offers import family
 from suasion.launch.session import in_charge, key_file, load_session, new_session, save_session, session_file
 from suasion.launch.ssh import Host, Unreachable
-from suasion.pipeline import needs_people, open_run, recipe_slice, stages
+from suasion.pipeline import PROVISIONAL, needs_people, open_run, recipe_slice, stages
 from suasion.progress import console
 from suasion.recipe import load_recipe
+from suasion.records import sha256_file
 from suasion.rundir import StageResult
 
 REPOSITORY = Path(__file__).parents[1]
@@ -59,12 +60,18 @@ class Holding(Machine):
     ):
         super().__init__(says)
         self.names, self.folder, self.log, self.faults = names, folder, log, faults
+        self.pulled: list[str] = []
 
     def fail(self, what: str) -> None:
         if self.faults.get(what):
             raise self.faults[what].pop()
 
     def run(self, command, stdin=b"", timeout=0):
+        if command.startswith("ls "):
+            return "\n".join(path.name for path in self.folder.iterdir()).encode() if self.folder else b""
+        if "sha256sum" in command:
+            files = [word for word in command.split() if word.endswith("/manifest.json") and (self.folder / word).is_file()]
+            return "".join(f"{sha256_file(self.folder / word)}  {word}\n" for word in files).encode()
         if "poll.sh" not in command:
             return super().run(command, stdin, timeout)
         self.fail("poll")
@@ -76,6 +83,7 @@ class Holding(Machine):
         self.fail("pull")
         for name in names:
             if self.folder and (self.folder / name).exists():
+                self.pulled.append(name)
                 shutil.copytree(self.folder / name, into / name)
 
 
@@ -242,7 +250,7 @@ class Cut(Machine):
 
     def run(self, command, stdin=b"", timeout=0):
         self.count(Unreachable("broken pipe"))
-        return super().run(command, stdin, timeout)
+        return b"timings.json\n" if command.startswith("ls ") else super().run(command, stdin, timeout)
 
     def push(self, uploads, texts, folder):
         self.count(Unreachable("broken pipe"))
@@ -281,13 +289,146 @@ def test_a_connection_lost_between_any_two_ssh_calls_leaves_nothing(aws, tmp_pat
     assert outcomes == 4 * ["ended", "reclaimed"] + 3 * ["finished", "reclaimed"]
 
 
-def finish(recipe, runs: Path, but: frozenset[str] = frozenset()) -> None:
-    """A finished run, of empty stages."""
+def finish(recipe, runs: Path, but: frozenset[str] = frozenset(), waiting: bool = False) -> None:
+    """A finished run, of empty stages; waiting: as far as it goes while people label."""
     directory = open_run(recipe, runs)
     for each in stages(recipe):
-        if each.name not in but:
+        if each.name not in (but | needs_people(recipe) | {"human-labels"} if waiting else but):
             directory.folder(each.name).mkdir(parents=True)
-            directory.complete(each.name, recipe_slice(recipe, each.sections), {}, {}, StageResult(), {"device": "cpu", "dtype": "float32", "threads": 1})  # fmt: skip
+            result = StageResult(facts={"waiting": "label"} if waiting and each.name in PROVISIONAL else {})
+            directory.complete(each.name, recipe_slice(recipe, each.sections), {}, {}, result, {"device": "cpu", "dtype": "float32", "threads": 1})  # fmt: skip
+
+
+MADE_AGAIN = ("07-preferences", "09-evaluate", "10-report")
+
+
+def folders(runs: Path) -> tuple[str, ...]:
+    """The finished stages of a run."""
+    return tuple(sorted(path.parent.name for path in (runs / "tiny").glob("*/manifest.json")))
+
+
+def waits(folder: Path) -> bool:
+    """Whether the stages that are made again after the labelling are provisional; all are or none is."""
+    (said,) = {'"waiting"' in (folder / name / "manifest.json").read_text() for name in MADE_AGAIN}
+    return said
+
+
+def test_what_was_provisional_is_fetched_once_people_have_labelled(aws, tmp_path) -> None:  # noqa: F811
+    """The second launch makes preferences, evaluation and report again; the provisional ones that were sent are not fetched meanwhile."""
+    recipe, there = load_recipe(TINY), tmp_path / "there" / "tiny"
+    launch = make(tmp_path, machine := Holding(folder=there))
+    finish(recipe, launch.run.parent, waiting=True)
+    shutil.copytree(launch.run, there)
+    assert fetch_stages(machine, "", launch.run, folders(there.parent)) == machine.pulled == []
+    shutil.rmtree(there)
+    finish(recipe, there.parent)
+    machine.names = folders(there.parent)
+    assert run_once(launch, offers_of(launch)) == Ended("finished", "0")
+    assert not waits(launch.run)
+    assert sorted(path.name for path in launch.run.glob("attic/*/*")) == list(MADE_AGAIN)
+    assert len(machine.pulled) == len(set(machine.pulled))
+    assert fetch_stages(machine, "", launch.run, machine.names) == []
+
+
+def test_what_was_being_made_again_is_saved_from_a_machine_that_is_taken_back(aws, tmp_path) -> None:  # noqa: F811
+    there = tmp_path / "there" / "tiny"
+    launch = make(tmp_path, machine := Holding("reclaimed 130", folder=there))
+    finish(load_recipe(TINY), launch.run.parent, waiting=True)
+    finish(load_recipe(TINY), there.parent, frozenset({"evaluate"}))
+    (there / "09-evaluate").mkdir()
+    (there / "09-evaluate" / "journal.jsonl").write_text("half\n")
+    machine.names = folders(there.parent)
+    assert run_once(launch, offers_of(launch)).how == "reclaimed"
+    assert [path.name for path in (launch.run / "09-evaluate").iterdir()] == ["journal.jsonl"]
+    assert len(list(launch.run.glob("attic/*/09-evaluate/manifest.json"))) == 1
+
+
+@pytest.mark.parametrize("people", ["labelled", "not yet"])
+def test_a_second_launch_that_is_taken_back_rents_the_next_machine(aws, start, tmp_path, monkeypatch, people) -> None:  # noqa: F811
+    """What was here when it began says nothing of what the machine has made."""
+    recipe, ends = load_recipe(TINY), [Ended("reclaimed", "130"), Ended("finished", "0")]
+    finish(recipe, tmp_path, waiting=True)
+
+    def rented(launch, offers, detach):
+        if people == "labelled" and len(ends) == 2:  # the arms are trained, the last stages are still the provisional ones
+            finish(recipe, tmp_path / "there")
+            for name in sorted(set(folders(tmp_path / "there")) - set(folders(tmp_path))):
+                shutil.copytree(tmp_path / "there" / "tiny" / name, tmp_path / "tiny" / name)
+        return ends.pop(0)
+
+    monkeypatch.setattr(flow, "run_once", rented)
+    done = start("--yes")
+    assert (done.exit_code, done.exception, ends) == (0, None, []), done.output
+
+
+def test_logs_of_a_second_launch_whose_machine_is_gone_do_not_say_that_it_is_done(aws, tmp_path, monkeypatch, quick) -> None:  # noqa: F811
+    launch = make(tmp_path, Machine())
+    finish(load_recipe(TINY), launch.run.parent, waiting=True)
+    launch.session.had = "3"
+    run_once(launch, offers_of(launch), detach=True)
+    past_the_proxy("ec2", aws.backend).terminate_instances(InstanceIds=[launch.session.instance])
+    monkeypatch.setattr(flow, "host_of", lambda session: Machine(raises=Unreachable("no route")))
+    for said in ("the machine is gone", "no machine any more"):
+        done = command("logs", "tiny", "--runs", str(launch.run.parent), "--address", "203.0.113.7")
+        assert said in str(done.exception)
+    assert left(aws) == []
+
+
+def test_what_another_terminal_launched_before_the_answer_came_is_left_alone(aws, start, tmp_path, monkeypatch) -> None:  # noqa: F811
+    other = make(tmp_path, Machine()).session
+
+    def answer(question: str) -> bool:
+        save_session(tmp_path / "tiny", other)
+        return True
+
+    monkeypatch.setattr("typer.confirm", answer)
+    assert "launched already" in str(start().exception)
+    assert load_session(tmp_path / "tiny").id == other.id
+    assert not MAKING & set(aws.calls)
+
+
+@pytest.mark.parametrize("end", ["died", "removed"])
+def test_logs_removes_what_a_command_that_died_meanwhile_left(aws, tmp_path, monkeypatch, quick, end) -> None:  # noqa: F811
+    launch = make(tmp_path, Machine("running"))
+    run_once(launch, offers_of(launch), detach=True)
+    charge = in_charge(launch.run)
+    charge.__enter__()
+
+    class Last(Machine):
+        def run(self, command, stdin=b"", timeout=0):
+            if "poll.sh" in command:
+                if end == "removed":
+                    flow.clean_up(launch.account, launch.session, launch.run)
+                    aws.calls.clear()
+                charge.__exit__(None, None, None)
+            return super().run(command, stdin, timeout)
+
+    monkeypatch.setattr(flow, "host_of", lambda session: Last("finished 0"))
+    done = command("logs", "tiny", "--runs", str(launch.run.parent), "--address", "203.0.113.7")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert left(aws) == []
+    assert load_session(launch.run).state == "removed"
+    assert ("DescribeInstances" in aws.calls) == (end == "died")
+
+
+def test_logs_before_the_machine_has_an_address(aws, tmp_path) -> None:  # noqa: F811
+    launch = make(tmp_path, Machine())
+    launch.session.instance = "i-0123456789abcdef0"
+    launch.save()
+    open_run(launch.recipe, launch.run.parent).write_recipe(launch.recipe)
+    done = command("logs", "tiny", "--runs", str(launch.run.parent), "--address", "203.0.113.7")
+    assert "i-0123456789abcdef0 has no address yet" in str(done.exception)
+
+
+def test_a_machine_whose_set_up_failed_has_no_run_to_fetch(aws, tmp_path) -> None:  # noqa: F811
+    class Bare(Machine):
+        def pull(self, names, folder, into):
+            raise Unreachable("the copy broke off: empty file")
+
+    launch = make(tmp_path, Bare("failed setup"))
+    launch.patience = 0.0
+    assert run_once(launch, offers_of(launch)) == Ended("failed", "setup")
+    assert left(aws) == []
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -297,7 +438,7 @@ def test_logs_of_a_machine_that_is_gone_after_its_work(aws, tmp_path, monkeypatc
     launch = make(tmp_path, Machine(), s3="s3://results/x")
     run_once(launch, offers_of(launch), detach=True)
     past_the_proxy("ec2", aws.backend).terminate_instances(InstanceIds=[launch.session.instance])
-    finish(recipe, tmp_path / "there", needs_people(recipe) | {"human-labels"} if code else frozenset())
+    finish(recipe, tmp_path / "there", waiting=bool(code))
     s3 = past_the_proxy("s3", aws.backend)
     s3.create_bucket(Bucket="results")
     for path in (tmp_path / "there" / "tiny").glob("*/*"):

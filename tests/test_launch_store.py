@@ -71,6 +71,23 @@ def test_a_manifest_that_names_files_elsewhere_gets_none(aws, launch, put, tmp_p
     assert not list(tmp_path.rglob("escaped"))
 
 
+def test_a_provisional_stage_here_gives_way_to_the_one_that_people_were_heard_for(aws, launch, put) -> None:  # noqa: F811
+    stage_in_s3(aws, "07-preferences", "seven\n")
+    assert fetch(launch) == ["07-preferences"]
+    manifest = launch.run / "07-preferences" / "manifest.json"
+    final = json.loads(manifest.read_text())
+    here, older = ({**final, "facts": {"waiting": word}} for word in ("label 5", "label 10"))
+    write_json(manifest, here)
+    put("07-preferences/manifest.json", json.dumps(older))
+    assert fetch(launch) == []
+    put("07-preferences/manifest.json", json.dumps(final))
+    assert fetch(launch) == ["07-preferences"]
+    assert json.loads(manifest.read_text()) == final
+    (attic,) = launch.run.glob("attic/*/07-preferences/manifest.json")
+    assert json.loads(attic.read_text()) == here
+    assert fetch(launch) == []
+
+
 def test_times_come_along_and_those_of_here_stay(aws, launch, put) -> None:  # noqa: F811
     here, there = {"seconds": 1.0, "ended": "b"}, {"seconds": 2.0, "ended": "a"}
     put("timings.json", json.dumps({"corpus": [there], "sft": [there]}))

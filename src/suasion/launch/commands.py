@@ -74,14 +74,14 @@ def start(
 ) -> None:
     """Rent the cheapest machine that will do, run the recipe there, fetch its stages, and remove everything again.
 
-    Shows price and estimate first and asks. Ctrl-C ends the machine, after what is finished was fetched.
+    Shows price and estimate first and asks. Ctrl-C ends the machine; stages fetched so far stay.
     """
     from suasion.launch.account import Account
     from suasion.launch.flow import Launch, caller_address, host_of, parse_s3, run_once
     from suasion.launch.machine import moved_inputs, needs_of, source_tree
     from suasion.launch.offers import find_offers
     from suasion.launch.quote import candidates, handed_over, quote
-    from suasion.launch.session import in_charge, new_session
+    from suasion.launch.session import in_charge, new_session, refuse_launched
     from suasion.pipeline import require_same_recipe
     from suasion.recipe import load_recipe
 
@@ -99,8 +99,7 @@ def start(
     session = new_session(run, account, max_hours, max_dollars, s3.rstrip("/"))
     _fetch_earlier(account, session, run)
     require_same_recipe(loaded, runs)
-    if _how_far(loaded, runs) == "0":
-        console.print(f"nothing to do: all stages of {run} are complete, and nothing was rented. suasion report {run}")
+    if _is_done(loaded, runs):
         return
 
     markets: list[Any] = ["on-demand", "spot"] if market == "cheapest" else [market]
@@ -124,6 +123,10 @@ def start(
                     raise UsageError(
                         f"another suasion launch is at work on {run}. Look at it with: suasion launch status {run.name}"
                     )
+                refuse_launched(run)  # another terminal may have asked, rented and left meanwhile
+                if _is_done(loaded, runs):
+                    return
+                session.had = _how_far(loaded, runs)
                 agreed = offers[0].price
             launch = Launch(
                 account, loaded, run, session, known.table, address or caller_address(), known.volume_gb, environment, host_of,
@@ -165,20 +168,26 @@ def status(name: NameArgument, runs: RunsOption = Path("runs")) -> None:
 def logs(name: NameArgument, runs: RunsOption = Path("runs"), address: AddressOption = "") -> None:
     """Follow a launched run to its end, fetching stages as they finish. Ctrl-C stops looking; the machine goes on."""
     from suasion.launch.flow import Ended, clean_up, follow
-    from suasion.launch.session import in_charge
+    from suasion.launch.session import in_charge, load_session
 
     launch = _launch(name, runs, address)
     if not launch.session.instance:
-        if code := _how_far(launch.recipe, runs):
+        if code := _made(launch):
             return _finish(Ended("finished", code), name, runs)
         raise UserError(f"{name} has no machine any more. Its log is {runs / name / 'launch' / 'log'}.")
-    with in_charge(launch.run) as mine:
+    if not launch.session.address:
+        raise UserError(f"{name}: {launch.session.instance} has no address yet. Give the same command again in a minute.")
+    with ExitStack() as held:
+        mine = held.enter_context(in_charge(launch.run))
         ended = follow(launch, launch.host_of(launch.session))
         try:
             ended = _with_copies(launch, ended)
         finally:
-            if mine:
-                clean_up(launch.account, launch.session, launch.run)
+            session = launch.session
+            if not mine and (mine := held.enter_context(in_charge(launch.run))):
+                session = load_session(launch.run)  # the process in charge has ended, or died before it removed anything
+            if mine and session.id == launch.session.id and session.state != "removed":
+                clean_up(launch.account, session, launch.run)
         if not mine and ended.how == "reclaimed":
             say(
                 "the spot machine was taken back; the command that rented it goes on with another. Follow that one with launch logs"
@@ -307,21 +316,40 @@ def _with_copies(launch: Any, ended: Any) -> Any:
         try:
             fetched = fetch_from_s3(launch.account, launch.session, launch.run)
             say(f"{len(fetched)} more stage(s) fetched from {launch.session.s3}")
-        except UserError as error:  # what is missing is made again
+        except (UserError, OSError) as error:  # what is missing is made again
             say(str(error), "yellow")
-    code = _how_far(launch.recipe, launch.run.parent)
+    code = _made(launch)
     return Ended("finished", code) if code else ended
 
 
+def _made(launch: Any) -> str:
+    """The exit code that the stages that are here stand for, where the launch has brought them that far; else ''."""
+    code = _how_far(launch.recipe, launch.run.parent)
+    return code if code != launch.session.had else ""
+
+
 def _how_far(recipe: Any, runs: Path) -> str:
-    """The exit code of a run that has made all stages that are here: '0', or '3' where only those lack that wait for people; else ''."""
+    """The exit code of a run that has made all stages that are here: '0', or '3' where only those lack that wait for people; else ''.
+
+    With people's labels here, provisional stages and the arms that waited are still to be made.
+    """
+    from suasion.launch.flow import is_provisional
     from suasion.pipeline import needs_people, open_run
 
     directory = open_run(recipe, runs)
     missing = {stage for stage in directory.folders if directory.state(stage) != "complete"}
-    if not missing:
-        return "0"
-    return "3" if missing <= needs_people(recipe) | {"human-labels"} else ""
+    if "human-labels" in missing:
+        return "3" if missing <= needs_people(recipe) | {"human-labels"} else ""
+    return "" if missing or any(is_provisional(directory.path, folder) for folder in directory.folders.values()) else "0"
+
+
+def _is_done(recipe: Any, runs: Path) -> bool:
+    """Says so where a run needs no machine."""
+    if _how_far(recipe, runs) != "0":
+        return False
+    run = runs / recipe.name
+    console.print(f"nothing to do: all stages of {run} are complete, and nothing was rented. suasion report {run}")
+    return True
 
 
 def _hours_now(session: Any) -> float:

@@ -7,6 +7,7 @@ by what is remembered here; and the machine ends by itself at the cap if nobody 
 from __future__ import annotations
 
 import fcntl
+import http.client
 import ipaddress
 import os
 import shutil
@@ -43,7 +44,7 @@ from suasion.pipeline import open_run
 from suasion.progress import duration
 from suasion.recipe import Recipe
 from suasion.records import read_json, sha256_file
-from suasion.rundir import MANIFEST, Manifest
+from suasion.rundir import MANIFEST, Manifest, RunDir
 
 WHO_AM_I = "https://checkip.amazonaws.com"  # AWS's own, plain text
 BOOT_SECONDS = 600.0
@@ -106,7 +107,7 @@ def caller_address(url: str = WHO_AM_I) -> str:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             return str(ipaddress.IPv4Address(answer.read(64).decode().strip()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"could not learn your address from {url} ({error}). Give it with --address, for example --address 203.0.113.7"
         ) from error
@@ -124,10 +125,10 @@ def parse_s3(text: str) -> tuple[str, str]:
 def run_once(launch: Launch, offers: Sequence[Offer], detach: bool = False) -> Ended:
     """Rent one machine, run on it and see it end. Everything made is removed again, unless it was to be left running."""
     left_running = False
-    launch.session.state = "making"  # again, where an earlier machine was removed: whoever looks must find this one
-    launch.save()
     if not (launch.run / "recipe.yaml").is_file():
         open_run(launch.recipe, launch.run.parent).write_recipe(launch.recipe)
+    launch.session.state = "making"  # again, where an earlier machine was removed: whoever looks must find this one
+    launch.save()
     failure: UserError | None = None
     try:
         rent(launch, offers)
@@ -253,6 +254,7 @@ def deploy(launch: Launch, host: Host) -> None:
     )  # fmt: skip
     log = _log(launch.run)
     launch.session.log_start = log.stat().st_size if log.is_file() else 0
+    launch.save()
     say("installing the pinned packages (a few minutes)")
     tokens = "".join(f"{name}={value}\n" for name, value in launch.environment.items())
     try:
@@ -282,10 +284,11 @@ def follow(launch: Launch, host: Host) -> Ended:
                 _keep(log, session.log_start, read, said)
                 say(said.decode(errors="replace"), end="")
                 read += len(said)
-            fetch_stages(host, launch.folder, run, stages.decode().split())
+            names = stages.decode().split()
+            fetch_stages(host, launch.folder, run, names)
             how, _, code = state.decode().partition(" ")
             if how in ("finished", "failed", "reclaimed") and not said:
-                fetch_rest(host, launch, salvage=how != "finished")
+                fetch_rest(host, launch, names, salvage=how != "finished")
                 return Ended(how, code.strip())
             failing = None
             if said:
@@ -378,32 +381,55 @@ def is_here(run: Path, name: str) -> bool:
     return (run / name / MANIFEST).is_file()
 
 
+def is_provisional(run: Path, name: str) -> bool:
+    """Whether the finished stage that is here was made while people still labelled: it is made again once they are done."""
+    return is_here(run, name) and bool(read_json(run / name / MANIFEST)["facts"].get("waiting"))
+
+
+def is_wanted(run: Path, name: str, sha256: str) -> bool:
+    """Whether a finished stage is to come, by the hash of its manifest there: none is here, or a provisional one that is another."""
+    return not is_here(run, name) or (is_provisional(run, name) and sha256 not in ("", sha256_file(run / name / MANIFEST)))
+
+
 def put_in_place(came: Path, target: Path) -> None:
-    """Move what came into the run by renames alone; what stood there, such as an attempt that the machine has finished, goes with the rest
-    of the incoming folder."""
-    if target.is_dir():
+    """Move what came into the run by renames alone. A finished stage that stood there, a provisional one, moves to attic/; an attempt that
+    the machine has finished goes with the rest of the incoming folder."""
+    if is_here(target.parent, target.name):
+        RunDir(target.parent, {target.name: target.name}).move_to_attic([target.name])
+    elif target.is_dir():
         target.replace(came.with_name(f"{came.name}.before"))
     came.replace(target)
 
 
 def fetch_stages(host: Host, folder_there: str, run: Path, names: Sequence[str]) -> list[str]:
-    """Fetch finished stages that are not here yet, each checked against the hashes of its own manifest before it counts.
+    """Fetch finished stages that are not here yet, or only provisionally, each checked against the hashes of its own manifest before it counts.
 
     Returns the names of those that came. Raises Unreachable where the connection ends, UserError where a file is not what the manifest says.
     """
+    there = f"{folder_there}/runs/{run.name}"
+    hashes = _hashes(host, there, [name for name in names if is_provisional(run, name)])
     fetched = []
     for name in names:
-        if is_here(run, name):
+        if not is_wanted(run, name, hashes.get(name, "")):
             continue
         with _arriving(run) as folder:
-            host.pull([name], f"{folder_there}/runs/{run.name}", folder)
-            if is_here(run, name):
+            host.pull([name], there, folder)
+            if is_here(run, name) and not is_wanted(run, name, sha256_file(folder / name / MANIFEST)):
                 continue  # another command was faster
             check_stage(folder / name)
             put_in_place(folder / name, run / name)
         fetched.append(name)
         say(f"fetched {name}", "green")
     return fetched
+
+
+def _hashes(host: Host, there: str, names: Sequence[str]) -> dict[str, str]:
+    """Stage -> sha256 of its manifest on the machine: the one that was sent, or the one of a stage that was made again."""
+    if not names:
+        return {}
+    files = " ".join(f"{name}/{MANIFEST}" for name in names)
+    lines = host.run(f"cd {there} && sha256sum {files} 2> /dev/null || true").decode().splitlines()
+    return {path.removesuffix(f"/{MANIFEST}"): sha256 for sha256, _, path in (line.partition("  ") for line in lines)}
 
 
 def check_stage(folder: Path) -> None:
@@ -416,16 +442,22 @@ def check_stage(folder: Path) -> None:
             )
 
 
-def fetch_rest(host: Host, launch: Launch, salvage: bool) -> None:
-    """Times, and of a run that did not finish the unfinished stage with its checkpoints and journals, so that another machine goes on."""
+def fetch_rest(host: Host, launch: Launch, finished: Sequence[str], salvage: bool) -> None:
+    """Times, and of a run that did not finish the unfinished stage with its checkpoints and journals, so that another machine goes on.
+
+    finished: stages there. What is provisional here and no longer finished there was being made again.
+    """
     run = launch.run
     there = f"{launch.folder}/runs/{run.name}"
     listed = host.run(f"ls {there} 2> /dev/null || true").decode().split()
-    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED and not is_here(run, name)]
+    kept = {name for name in listed if is_here(run, name) and (name in finished or not is_provisional(run, name))}
+    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED | kept and (salvage or name == "timings.json")]
+    if not names:
+        return  # the set-up failed, so that there is no run
     with _arriving(run) as folder:
-        host.pull(names if salvage else [name for name in names if name == "timings.json"], there, folder)
+        host.pull(names, there, folder)
         for path in sorted(folder.iterdir()):
-            if not is_here(run, path.name):
+            if not is_here(run, path.name) or is_provisional(run, path.name):
                 put_in_place(path, run / path.name)
 
 

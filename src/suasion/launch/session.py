@@ -30,7 +30,7 @@ LONGEST_ROLE = 64  # characters in the name of a role. AWS documentation "IAM an
 
 class Session(BaseModel):
     """One launch. Times are seconds since 1970; spent counts machines that have ended already. log_start: bytes of the log here that earlier
-    machines wrote."""
+    machines wrote. had: the exit code that the stages that were here when it began stand for ('3': people were waited for), else ''."""
 
     model_config = ConfigDict(extra="ignore")  # another version may remember more, and its machine must still be found
 
@@ -54,6 +54,7 @@ class Session(BaseModel):
     port: int = 22
     s3: str = ""
     log_start: int = 0
+    had: str = ""
 
     @property
     def label(self) -> str:
@@ -79,13 +80,7 @@ class Session(BaseModel):
 
 def new_session(run: Path, account: Account, max_hours: float, max_dollars: float, s3: str) -> Session:
     """A fresh session of a run directory. Raises UsageError where an earlier one has not ended, or where AWS takes no name as long."""
-    if (old := session_file(run)).is_file():
-        earlier = load_session(run)
-        if earlier.state != "removed":
-            raise UsageError(
-                f"{run.name} is launched already ({old}: {earlier.state}). Look at it with: suasion launch status {run.name}, or end it with: "
-                f"suasion launch stop {run.name}"
-            )
+    refuse_launched(run)
     session = Session(
         name=run.name, id=secrets.token_hex(4), account=account.id, region=account.region, max_hours=max_hours, max_dollars=max_dollars, s3=s3
     )  # fmt: skip
@@ -95,6 +90,17 @@ def new_session(run: Path, account: Account, max_hours: float, max_dollars: floa
             f"of at most {len(run.name) - over}, or leave --s3 out. Nothing was made."
         )
     return session
+
+
+def refuse_launched(run: Path) -> None:
+    """Raises UsageError where an earlier session has not ended."""
+    if (old := session_file(run)).is_file():
+        earlier = load_session(run)
+        if earlier.state != "removed":
+            raise UsageError(
+                f"{run.name} is launched already ({old}: {earlier.state}). Look at it with: suasion launch status {run.name}, or end it with: "
+                f"suasion launch stop {run.name}"
+            )
 
 
 def session_file(run: Path) -> Path:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from suasion.errors import UserError
 from suasion.launch.account import Account, told
-from suasion.launch.flow import check_stage, is_here, parse_s3, put_in_place
+from suasion.launch.flow import check_stage, is_here, is_provisional, parse_s3, put_in_place
 from suasion.launch.say import say
 from suasion.launch.session import Session, incoming
 from suasion.records import read_json, write_json
@@ -24,6 +24,8 @@ STAGE = re.compile(rf"(\d\d-[\w.-]+)/{re.escape(MANIFEST)}")
 
 def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
     """Fetch finished stages that are not here yet, and their times. Returns the names of the stages.
+
+    A provisional one here gives way, to attic/, to one that was made once people had labelled.
 
     A stage counts only where its files are what its manifest says. One that is not whole, because the machine ended while it was sent, is
     named and left out: it is made again.
@@ -45,18 +47,21 @@ def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
         keys = {item["Key"].removeprefix(base) for page in pages for item in page.get("Contents", [])}
         try:
             for stage in sorted(found[1] for key in keys if (found := STAGE.fullmatch(key))):
-                if is_here(run, stage):
+                if is_here(run, stage) and not is_provisional(run, stage):
                     continue
                 shutil.rmtree(folder, ignore_errors=True)
                 try:
-                    for key in _outputs(get(f"{stage}/{MANIFEST}"), stage, keys):
+                    wanted = _outputs(get(f"{stage}/{MANIFEST}"), stage, keys)
+                    if is_here(run, stage) and is_provisional(folder, stage):
+                        continue  # most likely the same; certainly no better
+                    for key in wanted:
                         get(key)
                     check_stage(folder / stage)
                 except UserError as error:
                     why = str(error).partition(". ")[0]
                     say(f"{stage} in {session.s3} is not whole and left out, a run makes it again: {why}", "yellow")
                     continue
-                if is_here(run, stage):
+                if is_here(run, stage) and not is_provisional(run, stage):
                     continue  # another command was faster
                 put_in_place(folder / stage, run / stage)
                 fetched.append(stage)
