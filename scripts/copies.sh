@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from suasion.errors import UserError
-from suasion.launch.flow import check_stage
+from suasion.launch.fetching import check_stage
 
 try:
     check_stage(Path(sys.argv[1]))

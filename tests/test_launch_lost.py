@@ -24,7 +24,8 @@ from test_launch_machine import stage
 
 from suasion.errors import UsageError, UserError
 from suasion.launch import flow, resources
-from suasion.launch.flow import Ended, fetch_stages, follow, run_once
+from suasion.launch.fetching import fetch_stages
+from suasion.launch.flow import Ended, follow, run_once
 from suasion.launch.machine import Upload
 from suasion.launch.offers import family
 from suasion.launch.session import in_charge, key_file, load_session, new_session, save_session, session_file

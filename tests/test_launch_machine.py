@@ -21,7 +21,8 @@ from standing_machine import needs_sshd, script, standing_machine, until
 
 from suasion.errors import UserError
 from suasion.launch import flow, machine
-from suasion.launch.flow import Launch, deploy, fetch_stages, follow
+from suasion.launch.fetching import fetch_stages
+from suasion.launch.flow import Launch, deploy, follow
 from suasion.launch.machine import Upload, moved_inputs, scripts, settings, source_tree, user_data
 from suasion.launch.session import Session, key_file, make_key, save_session
 from suasion.launch.ssh import Host, Unreachable

@@ -199,7 +199,7 @@ def logs(name: NameArgument, runs: RunsOption = Path("runs"), address: AddressOp
 @app.command()
 def fetch(name: NameArgument, runs: RunsOption = Path("runs"), address: AddressOption = "") -> None:
     """Fetch the stages that are finished by now, from the machine or, where it is gone, from S3."""
-    from suasion.launch.flow import fetch_stages
+    from suasion.launch.fetching import fetch_stages
     from suasion.launch.ssh import Unreachable
     from suasion.launch.store import fetch_from_s3
 
@@ -333,7 +333,7 @@ def _how_far(recipe: Any, runs: Path) -> str:
 
     With people's labels here, provisional stages and the arms that waited are still to be made.
     """
-    from suasion.launch.flow import is_provisional
+    from suasion.launch.fetching import is_provisional
     from suasion.pipeline import needs_people, open_run
 
     directory = open_run(recipe, runs)

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from suasion.errors import UserError
 from suasion.launch.account import Account, told
-from suasion.launch.flow import check_stage, is_here, is_provisional, parse_s3, put_in_place
+from suasion.launch.fetching import check_stage, is_here, is_provisional, put_in_place
+from suasion.launch.flow import parse_s3
 from suasion.launch.say import say
 from suasion.launch.session import Session, incoming
 from suasion.records import read_json, write_json
