@@ -31,6 +31,7 @@ from suasion.records import canonical_json, json_text, read_json, sha256_file, w
 
 MANIFEST = "manifest.json"
 ATTEMPT = "attempt.json"  # which recipe slice, inputs and hardware an unfinished folder belongs to
+TIMINGS = "timings.json"  # of the run, beside the stages
 JOURNAL = "journal.jsonl"  # finished batches of a row-wise stage
 CHECKPOINTS = "checkpoints"  # states of a training
 WORKING = (ATTEMPT, JOURNAL, CHECKPOINTS)  # what resuming needs; removed once the manifest is in place
@@ -254,12 +255,21 @@ class RunDir:
         timings.setdefault(stage, []).append(
             {"seconds": round(seconds, 2), "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **extra}
         )
-        write_json(self.path / "timings.json", timings)
+        write_json(self.path / TIMINGS, timings)
 
     def timings(self) -> dict[str, list[dict[str, Any]]]:
         """Stage -> attempts, each with seconds."""
-        path = self.path / "timings.json"
+        path = self.path / TIMINGS
         return read_json(path) if path.is_file() else {}
+
+    def add_times(self, theirs: dict[str, list[dict[str, Any]]]) -> None:
+        """Add attempts of the same run made elsewhere, those that are not known here yet; what ran here stays."""
+        known = self.timings()
+        added = {
+            stage: [attempt for attempt in attempts if attempt not in known.get(stage, [])] for stage, attempts in theirs.items()
+        }
+        if any(added.values()):
+            write_json(self.path / TIMINGS, known | {stage: known.get(stage, []) + attempts for stage, attempts in added.items()})
 
     def move_to_attic(self, stages: list[str]) -> Path | None:
         """Move the folders of these stages away. Returns where, None when there was nothing to move."""

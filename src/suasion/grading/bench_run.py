@@ -15,7 +15,7 @@ from suasion.grading.labelled import LabelledPair, without
 from suasion.grading.pairs import TrainingPair, load_training_pairs
 from suasion.progress import console
 from suasion.sections import grading as sections
-from suasion.sections.grading import learns_from, settings_of
+from suasion.sections.grading import learns_from, members_of, settings_of
 
 
 def run_bench(
@@ -78,8 +78,7 @@ def run_bench(
 
 def configurations(spec: sections.AnyGrader) -> int:
     """How many settings are compared inside one training, on its training pairs alone: those of every grader in it that tunes itself, else 1."""
-    parts = spec.members if isinstance(spec, sections.PanelGrader) else (spec,)
-    return max(1, sum(len(GRID) for one in parts if isinstance(one, sections.EmbeddingGrader) and one.tune))
+    return max(1, sum(len(GRID) for one in members_of(spec) if isinstance(one, sections.EmbeddingGrader) and one.tune))
 
 
 def teaching(pairs: Sequence[LabelledPair]) -> list[TrainingPair]:

@@ -21,7 +21,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from suasion.errors import UsageError
 from suasion.grading.base import Comparison
 from suasion.records import sha256_file
-from suasion.sections.grading import AnyGrader, LlmGrader, PanelGrader
+from suasion.sections.grading import AnyGrader, LlmGrader, members_of
 from suasion.seeding import derive_seed
 
 PARTS = ("system", "pair", "ranking", "repair", "local")
@@ -72,8 +72,7 @@ def draw_fence(seed: int, texts: Sequence[str]) -> str:
 
 def template_hashes(grader: AnyGrader) -> dict[str, str]:
     """name -> sha256 of the template files of one's own that a grader, or a panel's member, asks by."""
-    members = grader.members if isinstance(grader, PanelGrader) else (grader,)
-    paths = [Path(one.template) for one in members if isinstance(one, LlmGrader)]
+    paths = [Path(one.template) for one in members_of(grader) if isinstance(one, LlmGrader)]
     return {f"template/{path.name}": sha256_file(path) for path in paths if path.is_file()}
 
 

@@ -22,7 +22,7 @@ from suasion.grading.panel import members_facts
 from suasion.progress import console
 from suasion.records import Verdict, write_json, write_rows
 from suasion.rundir import StageContext, StageResult
-from suasion.sections.grading import AnyGrader, LlmGrader, PairData, PanelGrader, learns_from, settings_of, title
+from suasion.sections.grading import AnyGrader, LlmGrader, PairData, PanelGrader, learns_from, members_of, settings_of, title
 
 LENGTH_WARNING = 0.75
 SHOWN_WEIGHTS = 20
@@ -135,8 +135,7 @@ def asked_as_canaries(spec: AnyGrader, items: Sequence[Comparison]) -> tuple[lis
 
 def canary_count(spec: AnyGrader) -> int:
     """From how many comparisons canaries are made: fewer where each costs several requests."""
-    specs = spec.members if isinstance(spec, PanelGrader) else (spec,)
-    return min((one.canary_comparisons for one in specs if isinstance(one, LlmGrader)), default=COMPARISONS)
+    return min((one.canary_comparisons for one in members_of(spec) if isinstance(one, LlmGrader)), default=COMPARISONS)
 
 
 def warn(facts: dict[str, Any]) -> None:

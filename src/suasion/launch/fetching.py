@@ -6,6 +6,7 @@ anew. Several commands may fetch at once: each has its own folder for what is on
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,19 +14,18 @@ from pathlib import Path
 
 from suasion.errors import UserError
 from suasion.launch.say import say
-from suasion.launch.session import incoming
 from suasion.launch.ssh import Host
 from suasion.records import read_json, sha256_file
-from suasion.rundir import MANIFEST, Manifest, RunDir
+from suasion.rundir import MANIFEST, TIMINGS, Manifest, RunDir
 
 NOT_FETCHED = {"labels.db"}  # people may have labelled here meanwhile
 NOT_UPLOADED = {"launch", "attic", "logs", "recipe.yaml", ".lock"}
 
 
 @contextmanager
-def _arriving(run: Path) -> Iterator[Path]:
-    """An empty folder for what comes."""
-    folder = incoming(run)
+def arriving(run: Path) -> Iterator[Path]:
+    """An empty folder of this process for what comes, until it is whole; gone afterwards."""
+    folder = run / "launch" / f"incoming-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         yield folder
@@ -41,6 +41,11 @@ def is_here(run: Path, name: str) -> bool:
 def is_provisional(run: Path, name: str) -> bool:
     """Whether the finished stage that is here was made while people still labelled: it is made again once they are done."""
     return is_here(run, name) and bool(read_json(run / name / MANIFEST)["facts"].get("waiting"))
+
+
+def is_final(run: Path, name: str) -> bool:
+    """Whether the finished stage that is here stays."""
+    return is_here(run, name) and not is_provisional(run, name)
 
 
 def is_wanted(run: Path, name: str, sha256: str) -> bool:
@@ -69,7 +74,7 @@ def fetch_stages(host: Host, folder_there: str, run: Path, names: Sequence[str])
     for name in names:
         if not is_wanted(run, name, hashes.get(name, "")):
             continue
-        with _arriving(run) as folder:
+        with arriving(run) as folder:
             host.pull([name], there, folder)
             if is_here(run, name) and not is_wanted(run, name, sha256_file(folder / name / MANIFEST)):
                 continue  # another command was faster
@@ -106,12 +111,12 @@ def fetch_rest(host: Host, folder_there: str, run: Path, finished: Sequence[str]
     """
     there = f"{folder_there}/runs/{run.name}"
     listed = host.run(f"ls {there} 2> /dev/null || true").decode().split()
-    kept = {name for name in listed if is_here(run, name) and (name in finished or not is_provisional(run, name))}
-    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED | kept and (salvage or name == "timings.json")]
+    kept = {name for name in listed if is_final(run, name) or (is_here(run, name) and name in finished)}
+    names = [name for name in listed if name not in NOT_UPLOADED | NOT_FETCHED | kept and (salvage or name == TIMINGS)]
     if not names:
         return  # the set-up failed, so that there is no run
-    with _arriving(run) as folder:
+    with arriving(run) as folder:
         host.pull(names, there, folder)
         for path in sorted(folder.iterdir()):
-            if not is_here(run, path.name) or is_provisional(run, path.name):
+            if not is_final(run, path.name):
                 put_in_place(path, run / path.name)

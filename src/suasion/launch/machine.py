@@ -21,7 +21,7 @@ from suasion.errors import UserError
 from suasion.launch.session import Session
 from suasion.recipe import Recipe
 from suasion.sections.base import FILE_KEYS
-from suasion.sections.grading import AnyGrader, LlmGrader, PanelGrader, models_of
+from suasion.sections.grading import AnyGrader, LlmGrader, members_of, models_of
 from suasion.sections.sampling import EndpointEngine
 
 UNCLAIMED_MINUTES = 45  # boot, ssh and the upload take a few; a machine without a caller must not live longer
@@ -133,11 +133,7 @@ def extras_of(recipe: Recipe) -> tuple[str, ...]:
 
 def _graders(recipe: Recipe) -> list[AnyGrader]:
     """Both graders; of a panel its members."""
-    return [
-        grader
-        for named in (recipe.ai_labels.grader, recipe.evaluate.grader)
-        for grader in (named.members if isinstance(named, PanelGrader) else (named,))
-    ]
+    return [grader for named in (recipe.ai_labels.grader, recipe.evaluate.grader) for grader in members_of(named)]
 
 
 def _key_of(grader: AnyGrader) -> str:

@@ -12,10 +12,8 @@ from suasion.progress import console
 def say(text: str, style: str | None = None, end: str = "\n") -> None:
     """Print; where that cannot be done, go on in silence."""
     try:
-        text = text.encode(console.encoding, "replace").decode(
-            console.encoding
-        )  # what a terminal cannot show is no reason to fall silent
-        console.print(text, style=style, end=end, markup=False, soft_wrap=True)
+        shown = text.encode(console.encoding, "replace").decode(console.encoding)  # a letter too many is no reason to fall silent
+        console.print(shown, style=style, end=end, markup=False, soft_wrap=True)
     except (OSError, SystemExit, ValueError):  # of a closed terminal, a broken pipe (rich exits then), a closed file
         console.quiet = True
     except RuntimeError:  # a signal came in the middle of another print, and this is its handler ("reentrant call")

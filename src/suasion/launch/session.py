@@ -117,11 +117,6 @@ def save_session(run: Path, session: Session) -> None:
     own.replace(file)
 
 
-def incoming(run: Path) -> Path:
-    """Where this process puts what it fetches until it is whole. Each has its own: `launch fetch` runs beside the command that rents."""
-    return run / "launch" / f"incoming-{os.getpid()}"
-
-
 @contextmanager
 def in_charge(run: Path) -> Iterator[bool]:
     """Whether this process is the one that ends the run's machines. One is, the others look on: where a spot machine is taken back, the

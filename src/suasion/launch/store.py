@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from suasion.errors import UserError
 from suasion.launch.account import Account, told
-from suasion.launch.fetching import check_stage, is_here, is_provisional, put_in_place
+from suasion.launch.fetching import arriving, check_stage, is_final, is_here, is_provisional, put_in_place
 from suasion.launch.flow import parse_s3
 from suasion.launch.say import say
-from suasion.launch.session import Session, incoming
-from suasion.records import read_json, write_json
-from suasion.rundir import MANIFEST, Manifest
+from suasion.launch.session import Session
+from suasion.records import read_json
+from suasion.rundir import MANIFEST, TIMINGS, Manifest, RunDir
 
-TIMINGS = "timings.json"
 STAGE = re.compile(rf"(\d\d-[\w.-]+)/{re.escape(MANIFEST)}")
 
 
@@ -34,10 +31,9 @@ def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
     bucket, prefix = parse_s3(session.s3)
     base = f"{prefix}/{session.name}/"
     s3 = account.client("s3")
-    folder = incoming(run)
     fetched = []
 
-    def get(key: str) -> Path:
+    def get(key: str, folder: Path) -> Path:
         target = folder / key
         target.parent.mkdir(parents=True, exist_ok=True)
         s3.download_file(bucket, base + key, str(target))
@@ -46,30 +42,28 @@ def fetch_from_s3(account: Account, session: Session, run: Path) -> list[str]:
     with told(f"fetch from {session.s3}"):
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=base)
         keys = {item["Key"].removeprefix(base) for page in pages for item in page.get("Contents", [])}
-        try:
-            for stage in sorted(found[1] for key in keys if (found := STAGE.fullmatch(key))):
-                if is_here(run, stage) and not is_provisional(run, stage):
-                    continue
-                shutil.rmtree(folder, ignore_errors=True)
+        for stage in sorted(found[1] for key in keys if (found := STAGE.fullmatch(key))):
+            if is_final(run, stage):
+                continue
+            with arriving(run) as folder:
                 try:
-                    wanted = _outputs(get(f"{stage}/{MANIFEST}"), stage, keys)
+                    wanted = _outputs(get(f"{stage}/{MANIFEST}", folder), stage, keys)
                     if is_here(run, stage) and is_provisional(folder, stage):
                         continue  # most likely the same; certainly no better
                     for key in wanted:
-                        get(key)
+                        get(key, folder)
                     check_stage(folder / stage)
                 except UserError as error:
                     why = str(error).partition(". ")[0]
                     say(f"{stage} in {session.s3} is not whole and left out, a run makes it again: {why}", "yellow")
                     continue
-                if is_here(run, stage) and not is_provisional(run, stage):
+                if is_final(run, stage):
                     continue  # another command was faster
                 put_in_place(folder / stage, run / stage)
-                fetched.append(stage)
-            if TIMINGS in keys:
-                _add_times(run / TIMINGS, read_json(get(TIMINGS)))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            fetched.append(stage)
+        if TIMINGS in keys:
+            with arriving(run) as folder:
+                RunDir(run, {}).add_times(read_json(get(TIMINGS, folder)))
     return fetched
 
 
@@ -84,13 +78,3 @@ def _outputs(manifest: Path, stage: str, keys: Collection[str]) -> list[str]:
         if key not in keys or ".." in Path(key).parts:
             raise UserError(f"{key} is missing")
     return wanted
-
-
-def _add_times(here: Path, theirs: dict[str, list[dict[str, Any]]]) -> None:
-    """Add attempts that are not known here yet; what ran here meanwhile stays."""
-    known: dict[str, list[dict[str, Any]]] = read_json(here) if here.is_file() else {}
-    added = {
-        stage: [attempt for attempt in attempts if attempt not in known.get(stage, [])] for stage, attempts in theirs.items()
-    }
-    if any(added.values()):
-        write_json(here, known | {stage: known.get(stage, []) + attempts for stage, attempts in added.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -196,6 +197,11 @@ def read_pairs_of(grader: AnyGrader) -> tuple[PairData, ...]:
     return () if data is None else (data,)
 
 
+def members_of(grader: AnyGrader) -> Sequence[AnyGrader]:
+    """The graders that give the judgements: a panel's members, else the grader itself."""
+    return grader.members if isinstance(grader, PanelGrader) else (grader,)
+
+
 def models_of(grader: AnyGrader) -> tuple[ModelSection, ...]:
     """The language models that a grader reads in this process: what it says depends on their weights."""
     if isinstance(grader, PanelGrader):
@@ -288,8 +294,7 @@ class EvaluateSection(Section):
 
     @model_validator(mode="after")
     def _both_orders(self) -> EvaluateSection:
-        judges = self.grader.members if isinstance(self.grader, PanelGrader) else (self.grader,)
-        if any(isinstance(judge, LlmGrader) and judge.orders == "given" for judge in judges):
+        if any(isinstance(judge, LlmGrader) and judge.orders == "given" for judge in members_of(self.grader)):
             raise ValueError(
                 "the evaluation grader must see both orders (orders: both): with one, the model named first would gain from its position"
             )
