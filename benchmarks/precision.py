@@ -32,7 +32,7 @@ def main() -> int:
     from peft import PeftModel
 
     from suasion.chat import Renderer
-    from suasion.models import Compute, Lineage, load_base, load_to_sample, load_tokenizer, round_for_decoding
+    from suasion.models import Compute, Lineage, load_base, load_to_sample, load_tokenizer, prepare_to_decode
     from suasion.records import Prompt, Response, read_rows
     from suasion.sections.training import ModelSection
     from suasion.training.prefix import pack, reply_logits, sum_logprobs, token_kl
@@ -63,7 +63,7 @@ def main() -> int:
 
     live = adapted(load_base(section))
     trained, exact = logits_of(live, half), logits_of(live, full)
-    merged = logits_of(round_for_decoding(live.merge_and_unload(), half), half)
+    merged = logits_of(prepare_to_decode(live.merge_and_unload(), half), half)
     sampled = logits_of(load_to_sample(Lineage(section, (options.adapter,)), half), half)
     # An adapter in bf16 on a base in bf16, merged there: every sum is rounded to eight bits of mantissa.
     folded = logits_of(adapted(load_base(section).to(torch.bfloat16)).to(torch.bfloat16).merge_and_unload(), half)

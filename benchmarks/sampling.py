@@ -271,7 +271,7 @@ def run_library(options: argparse.Namespace, side: str) -> None:
 
 def our_side(options: argparse.Namespace) -> tuple[Any, Any, int, int, Any, list[Any]]:
     """(model as it samples, hardware, stop token, padding token, settings, two draws of every prompt)."""
-    from suasion.models import round_for_decoding
+    from suasion.models import prepare_to_decode
     from suasion.sampling.draws import Draw
     from suasion.sections.sampling import SampleSection
 
@@ -279,7 +279,7 @@ def our_side(options: argparse.Namespace) -> tuple[Any, Any, int, int, Any, list
     prompts = json.loads(prompts_path(options).read_text())
     settings = SampleSection(max_new_tokens=options.new_tokens, batch_size=options.batch_size)
     draws = [Draw(f"{number:05d}", tuple(ids), n) for number, ids in enumerate(prompts) for n in (0, 1)]
-    return round_for_decoding(model, hardware), hardware, stop, pad, settings, draws
+    return prepare_to_decode(model, hardware), hardware, stop, pad, settings, draws
 
 
 def warm_up(draws: list[Any]) -> list[Any]:

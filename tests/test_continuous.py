@@ -12,11 +12,11 @@ from transformers import Qwen3NextConfig
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, load_merged, load_tokenizer, round_for_decoding
+from suasion.models import Compute, Lineage, load_merged, load_tokenizer, prepare_to_decode
 from suasion.pipeline import run
 from suasion.recipe import load_recipe
 from suasion.sampling import continuous, local
-from suasion.sampling.draws import Draw
+from suasion.sampling.draws import Draw, nobody
 from suasion.sampling.local import LocalSampler, decode
 from suasion.sections.sampling import ContinuousEngine, SampleSection
 
@@ -73,7 +73,7 @@ def test_compute_in_bf16_is_the_trained_model_under_autocast(tiny):
     hardware = Compute("cpu", "bfloat16", 1)
     model = load_merged(Lineage(tiny))
     plain = load_merged(Lineage(tiny))
-    rounded = round_for_decoding(model, hardware)
+    rounded = prepare_to_decode(model, hardware)
     settings = SampleSection(temperature=0, max_new_tokens=6)
     exact = []
     for drawn in continuous.decode(rounded, draws(3), settings, 0, -1, hardware, 2):
@@ -110,7 +110,7 @@ def test_the_engine_makes_queues_of_several_batches_and_halves_its_places(tiny, 
     monkeypatch.setattr(continuous, "choose", scarce)
     engine.model = model
     (queue,) = engine.batches(draws(5, 2))
-    made = engine._queue(queue)
+    made = engine._queue(queue, nobody)
     assert max(tried) == 4
     assert engine.most == 2
     assert "2 from here on" in capsys.readouterr().out

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
-from suasion.models import Compute, Lineage, load_merged, load_policy, load_to_sample, round_for_decoding, save_adapter
+from suasion.few_rows import FewRowsLinear
+from suasion.models import Compute, Lineage, load_merged, load_policy, load_to_sample, prepare_to_decode, save_adapter
 from suasion.sampling import local
 from suasion.sampling.cache import ReservedLayer, closing_moves, keep_rows, reserve
 from suasion.sampling.draws import Draw
@@ -115,7 +116,7 @@ def test_decoding_is_a_loop_of_whole_passes(model, dtype):
     """
     hardware = Compute("cpu", dtype, 1)
     settings = SampleSection(temperature=0, max_new_tokens=10)
-    rounded = round_for_decoding(copy.deepcopy(model), hardware)
+    rounded = prepare_to_decode(copy.deepcopy(model), hardware)
     for drawn in decode(rounded, draws(5, 2), settings, 0, stop_id=-1, pad_id=2, hardware=hardware):
         ids, score = list(drawn.draw.prompt), 0.0
         for token in drawn.tokens:
@@ -180,7 +181,7 @@ def test_a_cache_with_room_holds_what_a_growing_one_holds():
     roomy = copy.deepcopy(growing)
     source = torch.tensor([0, 0, 1, 1])
     growing.batch_select_indices(source)
-    reserve(roomy, source, 3, None)
+    roomy = reserve([roomy], source, 4, 3, None)
     assert isinstance(roomy.layers[0], ReservedLayer)
     for keep in ([0, 1, 2, 3], [1, 3], [0]):
         order, sources, targets = closing_moves(growing.layers[0].keys.shape[0], keep)
@@ -191,6 +192,59 @@ def test_a_cache_with_room_holds_what_a_growing_one_holds():
             assert torch.equal(mine, theirs)
         assert roomy.get_seq_length() == growing.get_seq_length()
         assert roomy.get_mask_sizes(1, 0) == growing.get_mask_sizes(1, 0)
+
+
+def test_caches_of_several_passes_become_one():
+    """Two passes over prompts of 5 and 3 positions, rows in any order: each row is its prompt, at the right end, with numbers before it."""
+    parts = []
+    for rows, length in ((2, 5), (3, 3)):
+        parts.append(DynamicCache())
+        parts[-1].update(torch.randn(rows, 3, length, 8), torch.randn(rows, 3, length, 8), 0)
+    filled = [(part.layers[0].keys.clone(), part.layers[0].values.clone()) for part in parts]
+    source = [4, 0, 1, 1, 2]
+    cache = reserve(parts, torch.tensor(source), 5, 2, None)
+    assert parts[1].layers[0].keys is None  # free
+    for row, prompt in enumerate(source):
+        for held, (first, second) in zip((cache.layers[0].keys, cache.layers[0].values), zip(*filled, strict=True), strict=True):
+            wanted = first[prompt] if prompt < 2 else second[prompt - 2]
+            assert torch.equal(held[row, :, 5 - wanted.shape[1] :], wanted)
+            assert not held[row, :, : 5 - wanted.shape[1]].any()
+
+
+def test_prompts_read_in_several_passes_are_answered_as_in_one(model, monkeypatch):
+    settings = SampleSection(temperature=1.0, top_p=0.95, max_new_tokens=8)
+    cut = []
+    for most in (10**6, 40):
+        monkeypatch.setattr(local, "READ_TOKENS", most)
+        cut.append(decode(model, draws(8, 2), settings, 4, -1, 2, CPU))
+    assert len(local.passes(sorted((len(draw.prompt) for draw in draws(8)), reverse=True), 40)) > 2
+    for one, other in zip(*cut, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 96, 97])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_for_few_rows_are_the_layers(rows, bias):
+    torch.manual_seed(rows)
+    layer = torch.nn.Linear(24, 40, bias=bias)
+    few = FewRowsLinear(layer)
+    for shape in ((rows, 24), (rows, 1, 24)):
+        value = torch.randn(shape)
+        torch.testing.assert_close(few(value), layer(value))
+        assert few(value).is_contiguous()
+    assert few.weight is layer.weight
+
+
+def test_only_decoding_in_fp32_on_a_processor_gets_them(model):
+    def kinds(dtype):
+        prepared = prepare_to_decode(copy.deepcopy(model), Compute("cpu", dtype, 1))
+        return {type(module) for module in prepared.modules() if isinstance(module, torch.nn.Linear)}, prepared
+
+    found, prepared = kinds("float32")
+    assert found == {FewRowsLinear if torch.backends.mkl.is_available() else torch.nn.Linear}
+    assert prepared.lm_head.weight is prepared.get_input_embeddings().weight  # tied, as before
+    assert kinds("bfloat16")[0] == {torch.nn.Linear}
 
 
 def test_models_with_sliding_windows_are_decoded_too():

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -205,7 +206,8 @@ def test_a_batch_takes_what_the_sampler_reckons_with(full) -> None:
         vocab_size=151_936,
     )
     batch = [Draw(str(number), tuple(range(full.corpus.context_tokens)), 0) for number in range(full.sample.batch_size)]
-    reckoned = memory_needed(config, batch, full.sample, "bfloat16")
+    model = SimpleNamespace(config=config, device=torch.device("cuda"))
+    reckoned = memory_needed(model, batch, full.sample, "bfloat16")
     assert gpu_memory(full, HALF_BILLION, 1)["evaluate"] == rounded_bytes(full, HALF_BILLION) + reckoned
 
 

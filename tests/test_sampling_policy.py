@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged
@@ -41,12 +43,13 @@ class Scripted:
     def check(self, draws):
         return {}
 
-    def run(self, work, deliver):
+    def run(self, work, deliver, ended):
         for key, (draw,) in work:
             self.asked.append((draw.prompt_id, draw.n, draw.attempt))
             text = self.table[draw.prompt_id, draw.n][draw.attempt]
             finish = "length" if text.endswith("...") else "stop"
             deliver(key, [Drawn(draw, None, finish, None, 1, text)])
+            ended(1)
 
 
 def sample(table, tiny, renderer, tmp_path, monkeypatch, **settings):
@@ -163,11 +166,12 @@ def draws(count, length=8):
 def short_of_memory(monkeypatch, most, error):
     sizes = []
 
-    def limited(model, batch, *rest):
+    def limited(model, batch, *rest, ended, **others):
         sizes.append(len(batch))
         if len(batch) > most:
+            ended(1)  # one was through
             raise error
-        return decode(model, batch, *rest)
+        return decode(model, batch, *rest, ended=ended, **others)
 
     monkeypatch.setattr(local, "decode", limited)
     return sizes
@@ -188,7 +192,10 @@ def test_out_of_memory_halves_the_batch_for_good_and_says_so(error, model, rende
     assert [len(batch) for batch in batches] == [16, 16]
     sizes = short_of_memory(monkeypatch, 5, error)
     made = {}
-    sampler.run([(str(i), batch) for i, batch in enumerate(batches)], made.__setitem__)
+    ended = []
+    sampler.run([(str(i), batch) for i, batch in enumerate(batches)], made.__setitem__, ended.append)
+    assert sum(ended) == 32  # what has to be made again is taken back
+    assert max(np.cumsum(ended)) == 32
     assert sizes == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4]  # halved twice, and never tried again at the old size
     said = " ".join(capsys.readouterr().out.split())
     assert "out of memory with 16 responses at once: 8 from here on" in said
@@ -216,7 +223,7 @@ def test_a_batch_that_cannot_fit_is_halved_before_it_is_tried(model, renderer, m
     sampler = LocalSampler(lambda: model, settings, renderer, CPU, 0)
     (batch,) = sampler.batches(draws(4))
     monkeypatch.setattr(
-        local, "free_memory", lambda device: int(memory_needed(model.config, batch[:2], settings, "float32") / 0.9) + 100
+        local, "free_memory", lambda device: int(memory_needed(model, batch[:2], settings, "float32") / 0.9) + 100
     )
     sizes = short_of_memory(monkeypatch, 99, None)
     sampler.run([("k", batch)], lambda *_: None)
@@ -231,8 +238,30 @@ def test_memory_is_estimated_from_shapes(model):
     cache = 2 * (32 + 16) * position
     prefill = 1 * 32 * (position + 3 * 64 + 8 * 32)
     rest = 4 * (prefill + 6 * 2 * config.vocab_size)
-    assert memory_needed(config, batch, settings, "float32") == 4 * cache + rest
-    assert memory_needed(config, batch, settings, "bfloat16") == 2 * cache + rest
+    assert memory_needed(model, batch, settings, "float32") == 4 * cache + rest
+    assert memory_needed(model, batch, settings, "bfloat16") == 2 * cache + rest
+
+
+def test_on_a_processor_activations_are_those_of_one_pass():
+    """40 prompts of 50 tokens: their caches all at once, what is between layers of 20 of them (1,024 tokens hold 20 whole ones)."""
+    shape = {"position": 64, "inner": 64, "width": 32, "vocabulary": 0, "dtype": "float32"}
+    assert local.passes([50] * 40, local.READ_TOKENS) == [(0, 20), (20, 40)]
+    cache, prefilled, between = 40 * (50 + 8) * 64, 40 * 50 * 64, 3 * 64 + 8 * 32
+    assert local.batch_bytes(40, 40, 50, 8, **shape) == 4 * (cache + prefilled + 40 * 50 * between)
+    assert local.batch_bytes(40, 40, 50, 8, **shape, at_once=1024) == 4 * (cache + prefilled + 1024 * between)
+    assert local.batch_bytes(1, 1, 50, 8, **shape, at_once=10) == 4 * (
+        58 * 64 + 50 * 64 + 50 * between
+    )  # one prompt is never cut
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.none() | st.integers(1, 200))
+def test_every_prompt_is_read_in_one_pass_and_passes_stay_small(lengths, most):
+    lengths = sorted(lengths, reverse=True)
+    cut = local.passes(lengths, most)
+    assert [row for first, stop in cut for row in range(first, stop)] == list(range(len(lengths)))
+    for first, stop in cut:
+        assert stop > first
+        assert most is None or stop - first == 1 or (stop - first) * lengths[first] <= most
 
 
 def test_at_most_one_response_in_200_differs_between_batch_sizes(model):

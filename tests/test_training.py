@@ -573,10 +573,52 @@ def test_a_loss_that_is_no_number_stops_with_advice(tiny, sft_adapter, tmp_path,
 
 
 def test_flex_attention_off_the_gpu_is_refused_and_auto_is_sdpa_there(tiny):
+    from suasion.training.attention import attention_of
+    from suasion.training.prefix import BY_GROUP
+
     with pytest.raises(UserError, match="GPU only"):
         load_policy(Lineage(tiny.model_copy(update={"attention": "flex"})), LORA, 0)
     assert tiny.attention == "auto"
-    assert load_policy(Lineage(tiny), LORA, 0).config._attn_implementation == "sdpa"
+    policy = load_policy(Lineage(tiny), LORA, 0)
+    assert policy.config._attn_implementation == BY_GROUP
+    assert attention_of(policy) == "sdpa"
+    whole = load_policy(Lineage(tiny.model_copy(update={"attention": "sdpa"})), LORA, 0)
+    assert whole.config._attn_implementation == "sdpa"
+
+
+def test_attention_group_by_group_is_that_of_the_packed_row(tiny, monkeypatch):
+    """Outputs and gradients of three packed pairs, against SDPA over the whole square; and SDPA is asked for small squares only."""
+    from suasion.training import attention
+    from suasion.training.prefix import BY_GROUP, pack, reply_logits
+
+    policy = load_policy(Lineage(tiny), LoraSection(r=4, dropout=0), 0)
+    packed = pack([(list(range(9, 40 + n)), [list(range(5, 20 - n)), [7, 8, 3]]) for n in range(3)])
+    assert packed.groups == [(0, 49), (49, 98), (98, 147)]
+    from transformers.integrations import sdpa_attention as theirs
+
+    real, squares, found = theirs.sdpa_attention_forward, [], []
+
+    def watch(module, query, key, *args, **kwargs):
+        squares.append((query.shape[2], key.shape[2]))
+        return real(module, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(theirs, "sdpa_attention_forward", watch)
+    for name in (BY_GROUP, "sdpa"):
+        attention._set(policy, name)
+        policy.zero_grad()
+        logits = reply_logits(policy, packed)
+        logits.log_softmax(1).pow(2).mean().backward()
+        found.append((logits.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]))
+    assert squares == [(49, 49)] * 3 * policy.config.num_hidden_layers
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    assert any(gradient.abs().max() > 0 for gradient in found[0][1])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
+    ids, mask = torch.tensor([[2, 2, 30, 31, 32]]), torch.tensor([[0, 0, 1, 1, 1]])
+    padded = [
+        attention._set(policy, name) or policy(input_ids=ids, attention_mask=mask).logits[0, 2:] for name in (BY_GROUP, "sdpa")
+    ]
+    torch.testing.assert_close(*padded)  # without groups it is the library's, mask and all
 
 
 def test_another_attention_is_taken_only_where_it_computes_what_sdpa_does(tiny, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,48 @@ def hold_beside(model: Any, folder: Path) -> None:
         module = modules[name.removeprefix(PREFIX)]
         device = module.weight.device
         module.register_forward_hook(_Update(down.float().to(device), up.float().to(device), config["lora_alpha"] / config["r"]))
+
+
+class AdaptersByRow:
+    """Several models that share their weights, in one batch: each row computes with the adapters of its own model beside them.
+
+    The adapters of all models lie side by side as one of their summed rank R, computed for every row; before it is added, a row's share in each
+    adapter's ranks is multiplied by that adapter's scale, or by 0 where it is none of its model's.
+    """
+
+    def __init__(self, model: Any, adapters: Mapping[str, Sequence[Path]]):
+        """adapters: model's name -> its adapters, which may be others' too. `model` is changed in place and must be where it computes."""
+        folders = list(dict.fromkeys(folder for own in adapters.values() for folder in own))
+        read = [read_adapter(folder) for folder in folders]
+        self._scales = {
+            name: torch.tensor(
+                [config["lora_alpha"] / config["r"] * (folder in own) for folder, (_, config) in zip(folders, read, strict=True)]
+            )
+            for name, own in adapters.items()
+        }
+        self._of_rows: torch.Tensor  # [rows, adapters]
+        self._by_rank: dict[tuple[int, ...], torch.Tensor] = {}  # adapter of each rank -> [rows, 1, R], the same for most layers
+        modules = dict(model.named_modules())
+        for name in dict.fromkeys(name for weights, _ in read for name in weights):
+            module = modules[name.removeprefix(PREFIX)]
+            parts = [(number, *weights[name]) for number, (weights, _) in enumerate(read) if name in weights]
+            device = module.weight.device
+            down = torch.cat([down for _, down, _ in parts]).float().to(device)
+            up = torch.cat([up for _, _, up in parts], dim=1).float().to(device)
+            ranks = tuple(number for number, down, _ in parts for _ in down)
+            module.register_forward_hook(self._update(down, up, ranks))
+
+    def rows_are(self, models: Sequence[str]) -> None:
+        """Say of which model each row of the coming pass is."""
+        self._of_rows = torch.stack([self._scales[name] for name in models])
+        self._by_rank.clear()
+
+    def _update(self, down: torch.Tensor, up: torch.Tensor, ranks: tuple[int, ...]) -> Callable[..., torch.Tensor]:
+        columns = torch.tensor(ranks)
+
+        def update(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            if ranks not in self._by_rank:
+                self._by_rank[ranks] = self._of_rows[:, columns].to(down.device)[:, None]
+            return output + F.linear(F.linear(inputs[0], down) * self._by_rank[ranks], up)
+
+        return update

@@ -24,6 +24,7 @@ from suasion import four_bit
 from suasion.adapters import hold_beside
 from suasion.bases import base_folder
 from suasion.errors import UserError
+from suasion.few_rows import use_for_few_rows
 from suasion.records import canonical_json, content_id, read_json, sha256_file, write_json
 from suasion.rundir import cache_dir
 from suasion.sections.training import LoraSection, ModelSection
@@ -177,12 +178,12 @@ def load_to_sample(lineage: Lineage, hardware: Compute) -> Any:
     from peft import PeftModel
 
     if lineage.base.quantization and hardware.dtype == "bfloat16":
-        return round_for_decoding(load_to_score(lineage, hardware.device), hardware)
+        return prepare_to_decode(load_to_score(lineage, hardware.device), hardware)
     if hardware.dtype != "bfloat16" or not lineage.adapters:
-        return round_for_decoding(load_merged(lineage, hardware.device), hardware)
+        return prepare_to_decode(load_merged(lineage, hardware.device), hardware)
     *older, newest = lineage.adapters
     if is_whole_model(newest):
-        return round_for_decoding(load_merged(lineage, hardware.device), hardware)
+        return prepare_to_decode(load_merged(lineage, hardware.device), hardware)
     start = load_merged(Lineage(lineage.base, tuple(older)), hardware.device)
     check_adapter(newest, start, lineage.base.base)
     return as_it_samples(PeftModel.from_pretrained(start, str(newest), autocast_adapter_dtype=False), hardware)
@@ -194,19 +195,22 @@ def as_it_samples(policy: Any, hardware: Compute) -> Any:
 
     use_sdpa(policy)
     if not hasattr(policy, "peft_config"):
-        return round_for_decoding(policy.to(hardware.device).eval().requires_grad_(False), hardware)
+        return prepare_to_decode(policy.to(hardware.device).eval().requires_grad_(False), hardware)
     live = hardware.dtype == "bfloat16" or four_bit.is_four_bit(policy)
     model = policy.base_model.model if live else policy.merge_and_unload()
-    return round_for_decoding(model.to(hardware.device).eval(), hardware)
+    return prepare_to_decode(model.to(hardware.device).eval(), hardware)
 
 
-def round_for_decoding(model: Any, hardware: Compute) -> Any:
-    """The model with one bf16 copy of its linear layers where compute is bf16, unchanged elsewhere; changed in place.
+def prepare_to_decode(model: Any, hardware: Compute) -> Any:
+    """The model with linear layers as decoding wants them: for few rows where a processor computes in fp32 (few_rows.py), one bf16 copy where
+    compute is bf16, unchanged elsewhere; changed in place.
 
     Autocast rounds the same fp32 weights to bf16 at every token, which is most of the memory traffic of decoding. Here they are rounded once,
     and the outputs are equal bit by bit to those before (tested): nothing is folded into weights that are bf16 already. Embeddings and norms
     stay in fp32; a head that is tied to the embeddings gets a copy of its own. Layers in 4 bits stay as they are.
     """
+    if hardware.dtype == "float32":
+        return use_for_few_rows(model)
     return _rounded(model, hardware, frozen_only=False)
 
 

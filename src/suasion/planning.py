@@ -368,9 +368,7 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     whole = replace(batch[0], prompt=tuple(range(recipe.corpus.context_tokens)))
     apart = [replace(whole, prompt_id=str(number)) for number in range(len(batch))]
     short = recipe.sample.model_copy(update={"max_new_tokens": DECODE_TOKENS + 1})
-    rest = memory_needed(model.config, apart, recipe.sample, hardware.dtype) - memory_needed(
-        model.config, batch, short, hardware.dtype
-    )
+    rest = memory_needed(model, apart, recipe.sample, hardware.dtype) - memory_needed(model, batch, short, hardware.dtype)
     return Rates(
         prefill=prefill,
         decode=len(batch) * DECODE_TOKENS / max(last - first, 1e-6),

@@ -6,7 +6,7 @@ one of the table and was measured; otherwise the assumed ones below, which the n
 - reading a token costs 2 FLOPs a parameter, training one with adapters 4 (forward, and backward through frozen weights to the inputs;
   Kaplan et al. 2020, arXiv 2001.08361, less the weight gradients), plus attention: 4 or 8 FLOPs x layers x width x positions seen.
 - writing a token reads all weights and the cache of every response in the batch once (Pope et al. 2022, arXiv 2211.05102), and no
-  sooner than the host can start the layers' kernels. Both are bf16 there, as the local engine holds them (models.py: round_for_decoding).
+  sooner than the host can start the layers' kernels. Both are bf16 there, as the local engine holds them (models.py: prepare_to_decode).
 
 Nothing here is used by a run.
 """

@@ -32,10 +32,13 @@ from suasion.labeling.final import Answers, agreement_row, hear, read_said
 from suasion.labeling.stage import chose_first
 from suasion.models import Compute, Lineage, compute, load_tokenizer
 from suasion.progress import console
+from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, Prompt, Response, Verdict, read_json, read_rows, write_json, write_rows
 from suasion.rundir import JOURNAL, MANIFEST, StageContext, StageResult, package_versions
+from suasion.sampling.joint import respond_jointly
 from suasion.sampling.respond import Journal, respond
 from suasion.sections.grading import AnyGrader, LlmGrader, title
+from suasion.sections.sampling import SampleSection
 from suasion.training.dpo import start_lineage
 
 
@@ -59,6 +62,16 @@ def run_stage(stage: StageContext) -> StageResult:
     renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)
     journal = Journal(stage.folder / JOURNAL)
     lineages = {name: start_lineage(stage, name) for name in trained_models(stage)}
+    respond_jointly(
+        {label_of(name): lineage for name, lineage in lineages.items()},
+        [example.prompt() for example in examples],
+        settings_of(recipe),
+        renderer,
+        hardware,
+        recipe.seed,
+        journal,
+        recipe.processes.count,
+    )
     said = {name: answers(stage, examples, name, lineage, renderer, hardware, journal) for name, lineage in lineages.items()}
     judged = judge(stage, examples, said)
     pairs = list(read_rows(stage.input("pools", "judge_pairs.jsonl"), OutcomePair))
@@ -121,6 +134,16 @@ def trained_models(stage: StageContext) -> list[str]:
     return [name for name in stage.recipe.model_names() if name == "base" or name in trained or f"dpo-{name}" in trained]
 
 
+def settings_of(recipe: Recipe) -> SampleSection:
+    """How models answer: as in stage sample, but nothing is drawn again, because a model that does not stop must show it."""
+    return recipe.sample.model_copy(update={"resample": 0})
+
+
+def label_of(model: str) -> str:
+    """What a model's answers are called in the journal and on the screen."""
+    return f"responses of {model}"
+
+
 def answers(
     stage: StageContext,
     examples: list[Example],
@@ -130,12 +153,11 @@ def answers(
     hardware: Compute,
     journal: Journal,
 ) -> dict[str, Response]:
-    """One response of a model to every prompt, by prompt id. Nothing is drawn again here: a model that does not stop must show it."""
+    """One response of a model to every prompt, by prompt id."""
     recipe = stage.recipe
-    settings = recipe.sample.model_copy(update={"resample": 0})
     made = respond(
-        model, lineage, [example.prompt() for example in examples], 1, settings, recipe.model, renderer, hardware, recipe.seed, journal,
-        f"responses of {model}", recipe.processes.count,
+        model, lineage, [example.prompt() for example in examples], 1, settings_of(recipe), recipe.model, renderer, hardware, recipe.seed,
+        journal, label_of(model), recipe.processes.count,
     )  # fmt: skip
     return {row.prompt_id: row for row in made.rows}
 

@@ -21,14 +21,11 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]  # the library is not f
     anew; they are rounded once, when they are stored, to the same numbers.
     """
 
-    def __init__(self, filled: DynamicLayer, source: torch.Tensor, room: int, dtype: torch.dtype | None):
+    def __init__(self, filled: Sequence[DynamicLayer], source: torch.Tensor, length: int, room: int, dtype: torch.dtype | None):
         super().__init__()
-        assert filled.keys is not None
-        assert filled.values is not None
-        self.rows, self.length = len(source), filled.keys.shape[2]
-        self._keys, self._values = (
-            _reserved(part, source, self.length + room, dtype or part.dtype) for part in (filled.keys, filled.values)
-        )
+        self.rows, self.length = len(source), length
+        self._keys = _reserved([_there(layer.keys) for layer in filled], source, length, room, dtype)
+        self._values = _reserved([_there(layer.values) for layer in filled], source, length, room, dtype)
         self.dtype, self.device, self.is_initialized = self._keys.dtype, self._keys.device, True
         self._show()
 
@@ -56,23 +53,49 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]  # the library is not f
         return self.keys, self.values
 
 
-def _reserved(part: torch.Tensor, source: torch.Tensor, room: int, dtype: torch.dtype) -> torch.Tensor:
-    whole = part.new_empty((len(source), part.shape[1], room, part.shape[3]), dtype=dtype)
-    whole[:, :, : part.shape[2]] = part[source]
+def _there(part: torch.Tensor | None) -> torch.Tensor:
+    assert part is not None
+    return part
+
+
+def _reserved(
+    parts: Sequence[torch.Tensor], source: torch.Tensor, length: int, room: int, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """[rows, heads, length + room, width]: row i holds prompt source[i] up to `length`, counted through all parts, and zeros before it:
+    nobody looks there, but what masked attention multiplies by 0 must be a number."""
+    _, heads, _, width = parts[0].shape
+    whole = parts[0].new_zeros((len(source), heads, length + room, width), dtype=dtype or parts[0].dtype)
+    first = 0
+    for part in parts:
+        rows = ((source >= first) & (source < first + len(part))).nonzero()[:, 0]
+        whole[rows, :, length - part.shape[2] : length] = part[source[rows] - first].to(whole.dtype)
+        first += len(part)
     return whole
 
 
-def reserve(cache: DynamicCache, source: torch.Tensor, room: int, dtype: torch.dtype | None) -> None:
-    """Turn a prefilled cache into one for decoding, in place and layer by layer: row i continues prompt source[i].
+def can_be_put_together(cache: DynamicCache) -> bool:
+    """Whether every layer keeps keys and values of all positions, so that caches of several passes fit into one."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
-    room: positions that will be added. Layers that are more than keys and values of all positions (sliding windows, states of linear
-    attention) stay the library's.
+
+def reserve(
+    caches: Sequence[DynamicCache], source: torch.Tensor, length: int, room: int, dtype: torch.dtype | None
+) -> DynamicCache:
+    """Turn prefilled caches into one for decoding, layer by layer: row i continues prompt source[i], counted through all caches.
+
+    length: of the longest prompt, padding on the left included; room: positions that will be added. A single cache may have layers that are
+    more than keys and values of all positions (sliding windows, states of linear attention): they stay the library's.
     """
+    cache = caches[0]
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[number] = ReservedLayer(layer, source, room, dtype)
+            cache.layers[number] = ReservedLayer([one.layers[number] for one in caches], source, length, room, dtype)
+            for other in caches[1:]:
+                other.layers[number] = DynamicLayer()  # its memory is free
         else:
+            assert len(caches) == 1
             layer.batch_select_indices(source)
+    return cache
 
 
 def keep_rows(cache: DynamicCache, order: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -13,16 +13,27 @@ from typing import Any, Literal, Protocol
 from suasion.seeding import derive_seed
 
 Deliver = Callable[[str, "list[Drawn]"], None]
+Ended = Callable[[int], None]  # told how many more responses have ended, whether or not their group is whole
+
+
+def nobody(_: int) -> None:
+    """For who does not watch."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One response to make: which prompt (by id and token ids), which number, which attempt."""
+    """One response to make: which prompt (by id and token ids), which number, which attempt; where several models share a batch, whose."""
 
     prompt_id: str
     prompt: tuple[int, ...]
     n: int
     attempt: int = 0
+    model: str = ""
+
+    @property
+    def read(self) -> tuple[str, str]:
+        """What is read before it is written: draws that are equal in this share one pass over their prompt."""
+        return self.model, self.prompt_id
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Sampler(Protocol):
     def check(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """Whether the engine speaks as the local model does, before it is used; what was found, for the stage's facts."""
 
-    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver) -> None:
+    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver, ended: Ended = nobody) -> None:
         """Make every (key, group) and hand it to `deliver`, in any order, each once. Raises UserError where some cannot be made."""
 
     def speak(self, draw: Draw, hear: Callable[[str], None]) -> Drawn:

@@ -24,7 +24,7 @@ import httpx2
 from suasion.chat import Renderer
 from suasion.errors import UserError
 from suasion.records import content_id
-from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
+from suasion.sampling.draws import Deliver, Draw, Drawn, Ended, draw_seed, nobody
 from suasion.sections.sampling import EndpointEngine, SampleSection
 from suasion.seeding import generator
 from suasion.servers import CONNECT_SECONDS, OVERLOADED, Address, Fault, Pool, retry_after
@@ -60,12 +60,12 @@ class EndpointSampler:
         """Every response on its own: servers batch by themselves."""
         return [[draw] for draw in draws]
 
-    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver) -> None:
+    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver, ended: Ended = nobody) -> None:
         """Ask for every response. Raises UserError with the last fault where some could not be had; those that came are delivered."""
         if work:
-            asyncio.run(self._run([(key, draw) for key, (draw,) in work], deliver))
+            asyncio.run(self._run([(key, draw) for key, (draw,) in work], deliver, ended))
 
-    async def _run(self, work: list[tuple[str, Draw]], deliver: Deliver) -> None:
+    async def _run(self, work: list[tuple[str, Draw]], deliver: Deliver, ended: Ended) -> None:
         addresses = [Address(url.rstrip("/")) for url in self.engine.urls]
         pool = Pool(addresses, self.engine.concurrency, generator(self.seed, "retry-jitter"))
         waiting = iter(work)
@@ -84,6 +84,7 @@ class EndpointSampler:
                         raise
                 else:
                     deliver(key, [drawn])
+                    ended(1)
                     delivered += 1
 
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.engine.concurrency * len(addresses))

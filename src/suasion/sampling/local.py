@@ -21,12 +21,13 @@ from suasion.errors import UserError
 from suasion.memory import OUT_OF_MEMORY, free_memory, is_out_of_memory
 from suasion.models import Compute
 from suasion.progress import console
-from suasion.sampling.draws import Deliver, Draw, Drawn, draw_seed
+from suasion.sampling.draws import Deliver, Draw, Drawn, Ended, draw_seed, nobody
 from suasion.sections.sampling import ContinuousEngine, SampleSection
 from suasion.seeding import gumbel
 
 MEMORY_SHARE = 0.9  # of the free memory, for one batch
 QUEUE = 8  # batches that stand in one queue where places are taken again
+READ_TOKENS = 1024  # of prompts in one pass on a CPU, whose caches hold the activations of so many; a GPU reads all at once
 CANDIDATES = 256  # nucleus sampling looks at this many tokens first; the exact full sort follows where they are not enough
 
 
@@ -78,13 +79,13 @@ class LocalSampler:
         """Nothing to compare: this is the local model."""
         return {}
 
-    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver) -> None:
+    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver, ended: Ended = nobody) -> None:
         """Batch after batch. Raises UserError where one response alone exceeds the memory, and for continuous batching on a CPU."""
         refuse_device(self.settings, self.hardware)
         for key, batch in work:
             if self.model is None:
                 self.model = self.load()
-            deliver(key, self._queue(batch) if self.queued else self._within_memory(batch))
+            deliver(key, self._queue(batch, ended) if self.queued else self._within_memory(batch, ended))
 
     def speak(self, draw: Draw, hear: Callable[[str], None]) -> Drawn:
         """One response, its text growing token by token."""
@@ -96,20 +97,31 @@ class LocalSampler:
             tokens.append(token)
             hear(self.renderer.decode(tokens).rstrip("\ufffd"))  # a letter of several tokens may be half there
 
-        pad_id = self.renderer.tokenizer.pad_token_id
-        return decode(self.model, [draw], self.settings, self.seed, self.renderer.stop_id, pad_id, self.hardware, heard)[0]
+        return self._decode([draw], heard=heard)[0]
 
-    def _within_memory(self, batch: list[Draw]) -> list[Drawn]:
+    def _decode(self, part: Sequence[Draw], **watchers: Any) -> list[Drawn]:
+        pad_id = self.renderer.tokenizer.pad_token_id
+        return decode(self.model, part, self.settings, self.seed, self.renderer.stop_id, pad_id, self.hardware, **watchers)
+
+    def _within_memory(self, batch: list[Draw], ended: Ended) -> list[Drawn]:
         """Decode a batch in as many parts as memory asks for."""
         drawn: list[Drawn] = []
-        pad_id = self.renderer.tokenizer.pad_token_id
         while len(drawn) < len(batch):
             part = self._that_fits(batch[len(drawn) :], self.hardware.dtype)
-            make = partial(decode, self.model, part, self.settings, self.seed, self.renderer.stop_id, pad_id, self.hardware)
-            drawn += self._unless_out_of_memory(part, make) or []
+            told = 0
+
+            def tell(count: int) -> None:
+                nonlocal told
+                told += count
+                ended(count)
+
+            made = self._unless_out_of_memory(part, partial(self._decode, part, ended=tell))
+            if made is None:
+                ended(-told)  # they are made again
+            drawn += made or []
         return drawn
 
-    def _queue(self, queue: list[Draw]) -> list[Drawn]:
+    def _queue(self, queue: list[Draw], ended: Ended) -> list[Drawn]:
         """Decode a queue with as many places as memory has for its longest draws, which come first."""
         from suasion.sampling import continuous
 
@@ -119,13 +131,14 @@ class LocalSampler:
                 continuous.decode, self.model, queue, self.settings, self.seed, self.renderer.stop_id, self.hardware, len(part)
             )
             if (drawn := self._unless_out_of_memory(part, make)) is not None:
+                ended(len(drawn))
                 return drawn
 
     def _that_fits(self, draws: list[Draw], dtype: str) -> list[Draw]:
         """The first draws, as many as may be decoded at once. dtype: of the cache."""
         part = draws[: self.most]
         free = free_memory(self.hardware.device)
-        while len(part) > 1 and (needed := memory_needed(self.model.config, part, self.settings, dtype)) > self.share * free:
+        while len(part) > 1 and (needed := memory_needed(self.model, part, self.settings, dtype)) > self.share * free:
             part = self._halved(part, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
         return part
 
@@ -152,13 +165,14 @@ class LocalSampler:
         return part[: self.most]
 
 
-def memory_needed(config: Any, batch: Sequence[Draw], settings: SampleSection, dtype: str) -> int:
+def memory_needed(model: Any, batch: Sequence[Draw], settings: SampleSection, dtype: str) -> int:
     """Estimated bytes of one batch beyond the weights."""
+    config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return batch_bytes(
         len(batch),
-        len({draw.prompt_id for draw in batch}),
+        len({draw.read for draw in batch}),
         max(len(draw.prompt) for draw in batch),
         settings.max_new_tokens,
         2 * heads * width * config.num_hidden_layers,
@@ -166,6 +180,7 @@ def memory_needed(config: Any, batch: Sequence[Draw], settings: SampleSection, d
         config.hidden_size,
         config.vocab_size,
         dtype,
+        read_tokens(model),
     )
 
 
@@ -179,12 +194,15 @@ def batch_bytes(
     width: int,
     vocabulary: int,
     dtype: str,
+    at_once: int | None = None,
 ) -> int:
     """Bytes of a batch of so many responses to so many prompts, the longest of so many tokens: the cache for all responses (`position`
-    numbers a token, of all layers) and, until it is there, that of the prompts; the widest activations of the prefill; and six rows of the
-    vocabulary a response while a token is chosen. Numbers take four bytes, two in the cache where compute is bf16."""
+    numbers a token, of all layers) and, until it is there, that of the prompts; the widest activations of the prefill, of `at_once` tokens
+    or else of all; and six rows of the vocabulary a response while a token is chosen. Numbers take four bytes, two in the cache where
+    compute is bf16."""
     cache = responses * (longest + new_tokens) * position * (2 if dtype == "bfloat16" else 4)
-    prefill = prompts * longest * (position + 3 * inner + 8 * width)
+    read = prompts * longest
+    prefill = read * position + min(read, max(at_once or read, longest)) * (3 * inner + 8 * width)
     return int(cache + 4 * (prefill + 6 * responses * vocabulary))
 
 
@@ -198,35 +216,19 @@ def decode(
     pad_id: int,
     hardware: Compute,
     heard: Callable[[int, int], None] | None = None,
+    ended: Ended = nobody,
+    whose: Callable[[Sequence[str]], None] | None = None,
 ) -> list[Drawn]:
     """Decode one batch. Prompts are read once each, then their cache is repeated for every response.
 
-    heard: called with (place in the batch, token) as each token is chosen, for who wants to watch.
+    heard: called with (place in the batch, token) as each token is chosen; ended: told how many responses have ended more; both for who
+    wants to watch. whose: for a model that is several, told before every pass which model (`Draw.model`) each of its rows is of.
     """
-    from transformers import DynamicCache
+    from suasion.sampling.cache import closing_moves, keep_rows
 
-    from suasion.sampling.cache import closing_moves, keep_rows, reserve
-
-    prompts = list({draw.prompt_id: draw.prompt for draw in batch}.items())
-    number = {prompt_id: row for row, (prompt_id, _) in enumerate(prompts)}
-    device = model.device
-    longest = max(len(ids) for _, ids in prompts)
-    ids = torch.full((len(prompts), longest), pad_id, device=device)
-    mask = torch.zeros((len(prompts), longest), dtype=torch.long, device=device)
-    for row, (_, prompt) in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, longest - len(prompt) :] = 1
-    cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with hardware.autocast():
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1].float()  # fmt: skip
-    source = torch.tensor([number[draw.prompt_id] for draw in batch], device=device)
-    reserve(cache, source, settings.max_new_tokens, torch.bfloat16 if hardware.dtype == "bfloat16" else None)
-    next_position = mask.sum(1)[source]
-    mask = torch.cat([mask[source], mask.new_ones(len(batch), settings.max_new_tokens)], dim=1)
-    logits = logits[source]
+    logits, lengths, cache = _read(model, batch, settings.max_new_tokens, pad_id, hardware, whose)
+    device, longest, next_position = model.device, int(lengths.max()), lengths
+    mask = (torch.arange(longest + settings.max_new_tokens, device=device) >= (longest - lengths)[:, None]).long()
     seeds = np.array([draw_seed(seed, draw) for draw in batch], dtype=np.uint64)
 
     tokens: list[list[int]] = [[] for _ in batch]
@@ -248,13 +250,17 @@ def decode(
             else:
                 keep.append(place)
         if not keep or position + 1 == settings.max_new_tokens:
+            ended(len(active))
             break
         if len(keep) < len(active):
+            ended(len(active) - len(keep))
             order, *moves = closing_moves(len(active), keep)
             kept = torch.tensor(order, device=device)
             keep_rows(cache, kept, *(torch.tensor(move, dtype=torch.long, device=device) for move in moves))
             mask, choice, next_position = mask[kept], choice[kept], next_position[kept]
             active = [active[place] for place in order]
+        if whose:
+            whose([batch[row].model for row in active])
         with hardware.autocast():
             logits = model(
                 input_ids=choice[:, None], attention_mask=mask[:, : longest + position + 1], position_ids=next_position[:, None],
@@ -262,6 +268,62 @@ def decode(
             ).logits[:, -1].float()  # fmt: skip
         next_position = next_position + 1
     return [Drawn(draw, tuple(tokens[i]), finish[i], sums[i], draw_seed(seed, draw)) for i, draw in enumerate(batch)]
+
+
+def _read(
+    model: Any, batch: Sequence[Draw], room: int, pad_id: int, hardware: Compute, whose: Callable[[Sequence[str]], None] | None
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Read every prompt once, those of similar length together. Returns, a row for each draw, logits [B, V] of the first token, lengths [B] of
+    the prompts, and the cache with room for so many tokens more."""
+    from transformers import DynamicCache
+
+    from suasion.sampling.cache import reserve
+
+    prompts = sorted({draw.read: draw.prompt for draw in batch}.items(), key=lambda item: -len(item[1]))
+    lengths = [len(prompt) for _, prompt in prompts]
+    logits, caches = [], []
+    for first, stop in passes(lengths, read_tokens(model)):
+        part = prompts[first:stop]
+        ids = torch.full((len(part), lengths[first]), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, (_, prompt) in enumerate(part):
+            ids[row, lengths[first] - len(prompt) :] = torch.tensor(prompt)
+            mask[row, lengths[first] - len(prompt) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        caches.append(DynamicCache(config=model.config))
+        if whose:
+            whose([name for (name, _), _ in part])
+        with hardware.autocast():
+            output = model(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), position_ids=positions.to(model.device),
+                past_key_values=caches[-1], use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+        logits.append(output.logits[:, -1].float())
+    number = {read: row for row, (read, _) in enumerate(prompts)}
+    source = torch.tensor([number[draw.read] for draw in batch], device=model.device)
+    cache = reserve(caches, source, lengths[0], room, torch.bfloat16 if hardware.dtype == "bfloat16" else None)
+    return torch.cat(logits)[source], torch.tensor(lengths, device=model.device)[source], cache
+
+
+def read_tokens(model: Any) -> int | None:
+    """How many tokens of prompts a model reads in one pass; None: all. Layers that keep something else than keys and values (sliding
+    windows, states of linear attention) cannot be put together from several passes."""
+    from transformers import DynamicCache
+
+    from suasion.sampling.cache import can_be_put_together
+
+    return READ_TOKENS if model.device.type == "cpu" and can_be_put_together(DynamicCache(config=model.config)) else None
+
+
+def passes(lengths: Sequence[int], most: int | None) -> list[tuple[int, int]]:
+    """[first, stop) of the prompts that are read together: at most `most` tokens with padding, a longer prompt alone. lengths: falling."""
+    if most is None:
+        return [(0, len(lengths))]
+    cuts = [0]
+    for row in range(1, len(lengths)):
+        if (row - cuts[-1] + 1) * lengths[cuts[-1]] > most:
+            cuts.append(row)
+    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
 
 
 def choose(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,34 @@ def at_limit(responses: Sequence[Response]) -> float:
     return round(sum(row.finish == "length" for row in responses) / max(len(responses), 1), 4)
 
 
+def batch_key(label: str, lineage_hash: str, attempt: int, number: int) -> str:
+    """A batch's name in the journal: of which model and attempt, and its number in the engine's plan."""
+    return f"{label}/{lineage_hash}/{attempt}/{number}"
+
+
+def prompt_ids(
+    prompts: Sequence[Prompt], settings: SampleSection, model: ModelSection, renderer: Renderer
+) -> dict[str, tuple[int, ...]]:
+    """Token ids by prompt id. Raises UserError where a prompt leaves no room for a response within model.max_length."""
+    ids = {prompt.id: renderer.render(prompt.turns).ids for prompt in prompts}
+    longest = max((len(value) for value in ids.values()), default=0)
+    if longest + settings.max_new_tokens > model.max_length + 64:  # the template may add a few tokens to context_tokens
+        raise UserError(
+            f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed model.max_length {model.max_length}. "
+            "Lower corpus.context_tokens or sample.max_new_tokens, or raise model.max_length."
+        )
+    return ids
+
+
+def add_drawn(
+    journal: Journal, key: str, drawn: Sequence[Drawn], prompts: Sequence[Prompt], renderer: Renderer, lineage: str
+) -> None:
+    """Journal a batch of a model, by the hash of its lineage, as `Response` rows. prompts: those that were answered are among them."""
+    texts = {prompt.id: "\n".join(turn.text for turn in prompt.turns) for prompt in prompts}
+    rows = [_response(item, renderer, texts[item.draw.prompt_id], lineage) for item in drawn]
+    journal.add(key, [row.model_dump(mode="json") for row in rows])
+
+
 @dataclass(frozen=True)
 class Responses:
     """The rows in the order of the prompts, and what is known of their making.
@@ -119,15 +147,8 @@ def respond(
 
     Raises UserError where a prompt leaves no room for a response within model.max_length.
     """
-    ids = {prompt.id: renderer.render(prompt.turns).ids for prompt in prompts}
-    longest = max((len(value) for value in ids.values()), default=0)
-    if longest + settings.max_new_tokens > model.max_length + 64:  # the template may add a few tokens to context_tokens
-        raise UserError(
-            f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed model.max_length {model.max_length}. "
-            "Lower corpus.context_tokens or sample.max_new_tokens, or raise model.max_length."
-        )
+    ids = prompt_ids(prompts, settings, model, renderer)
     lineage_hash = lineage.hash
-    texts = {prompt.id: "\n".join(turn.text for turn in prompt.turns) for prompt in prompts}
     sampler = sampler_for(name, lineage, settings, renderer, hardware, seed, processes)
     best: dict[tuple[str, int], Response] = {}
     again: Counter[str] = Counter()
@@ -135,7 +156,7 @@ def respond(
     pending = [Draw(prompt.id, ids[prompt.id], n) for prompt in prompts for n in range(responses_a_prompt)]
     for attempt in range(settings.resample + 1):
         batches = sampler.batches(pending)
-        keys = [f"{label}/{lineage_hash}/{attempt}/{number}" for number in range(len(batches))]
+        keys = [batch_key(label, lineage_hash, attempt, number) for number in range(len(batches))]
         work = [(key, batch) for key, batch in zip(keys, batches, strict=True) if key not in journal.done]
         parity = f"{label}/{lineage_hash}/parity/{sampler.peers}"  # servers that come in later are compared too
         if work and attempt == 0 and parity not in journal.done:
@@ -145,14 +166,9 @@ def respond(
         checked = journal.compared(f"{label}/{lineage_hash}")
         title = f"{label}" if attempt == 0 else f"{label}, drawn again ({attempt})"
         left = sum(len(batch) for _, batch in work)
-        with progress(title, len(pending), "responses", len(pending) - left) as advance:
-
-            def deliver(key: str, drawn: list[Drawn], advance: Callable[[int], None] = advance) -> None:
-                rows = [_response(item, renderer, texts[item.draw.prompt_id], lineage_hash) for item in drawn]
-                journal.add(key, [row.model_dump(mode="json") for row in rows])
-                advance(len(rows))
-
-            sampler.run(work, deliver)
+        if work:
+            with progress(title, len(pending), "responses", len(pending) - left) as advance:
+                sampler.run(work, lambda key, drawn: add_drawn(journal, key, drawn, prompts, renderer, lineage_hash), advance)
         for key in keys:
             for row in journal.done[key]:
                 response = Response.model_validate(row)

@@ -12,7 +12,7 @@ from typing import Any
 
 from suasion.chat import Renderer
 from suasion.models import Compute, Lineage, load_to_sample, load_tokenizer
-from suasion.sampling.draws import Deliver, Draw, Drawn
+from suasion.sampling.draws import Deliver, Draw, Drawn, Ended, nobody
 from suasion.sampling.local import MEMORY_SHARE, LocalSampler
 from suasion.sections.sampling import SampleSection
 from suasion.sections.training import ModelSection
@@ -28,13 +28,18 @@ class SpreadSampler(LocalSampler):
         super().__init__(lambda: load_to_sample(lineage, hardware), settings, renderer, hardware, seed)
         self.lineage, self.count = lineage, count
 
-    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver) -> None:
+    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver, ended: Ended = nobody) -> None:
         """Batch after batch, in any order. Raises UserError where a process dies, or where one response alone exceeds the memory."""
         if len(work) < 2:  # no share for a second process, whose start takes longer
-            super().run(work, deliver)
+            super().run(work, deliver, ended)
             self.model = None  # its memory is the workers'
             return
         draws = dict(work)
+
+        def hand_over(key: str, rows: Rows) -> None:
+            deliver(key, [_drawn(draw, row) for draw, row in zip(draws[key], rows, strict=True)])
+            ended(len(rows))
+
         setup = {
             "model": self.lineage.base.model_dump(mode="json"),
             "adapters": [str(path.resolve()) for path in self.lineage.adapters],
@@ -47,7 +52,7 @@ class SpreadSampler(LocalSampler):
             "suasion.sampling.spread:batch_maker",
             setup,
             [(key, [[draw.prompt_id, draw.prompt, draw.n, draw.attempt] for draw in batch]) for key, batch in work],
-            lambda key, rows: deliver(key, [_drawn(draw, row) for draw, row in zip(draws[key], rows, strict=True)]),
+            hand_over,
             self.count,
             self.hardware.device,
         )

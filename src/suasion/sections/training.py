@@ -41,7 +41,7 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager", "flex"] = Field(
         "auto",
         description="Attention while training. flex: FlexAttention (GPU only), which skips what packed rows hide. auto: flex on a GPU where it "
-        "computes what sdpa does (tried before training), else sdpa.",
+        "computes what sdpa does (tried before training), else sdpa, on a CPU one packed group at a time.",
     )
 
     @property

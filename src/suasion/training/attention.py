@@ -1,8 +1,9 @@
-"""Which attention a training computes with: FlexAttention on a GPU, scaled dot-product attention (SDPA) elsewhere.
+"""Which attention a training computes with: FlexAttention on a GPU, scaled dot-product attention (SDPA) elsewhere, there group by group.
 
 A packed row hides most of its square from every token. SDPA computes the square all the same, FlexAttention skips the blocks that
 nobody sees, but it is compiled for the machine, and not every model, GPU or torch build can do that. `model.attention: auto` therefore
-tries it before a training, forward and backward, beside SDPA on the same row, and stays with SDPA where it fails or differs.
+tries it before a training, forward and backward, beside SDPA on the same row, and stays with SDPA where it fails or differs. On a
+processor `auto` asks SDPA for the squares of the groups that were packed, one after the other, and leaves out what lies between them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from suasion.errors import UserError
 from suasion.models import Compute, compute
 from suasion.progress import console
 from suasion.sections.training import ModelSection
-from suasion.training.prefix import pack
+from suasion.training.prefix import BY_GROUP, pack
 
 FLEX = "suasion_flex"  # its name in transformers' table; prefix.py makes its masks
 TRIED_LENGTHS = (70, 150)  # of a prompt; two, because the second length is compiled otherwise than the first
@@ -33,6 +34,32 @@ def flex_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: t
     return flex_attention_forward(module, query, key, value, mask, **kwargs)
 
 
+def by_group_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    groups: list[tuple[int, int]] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The library's SDPA for each group [start, stop) of a packed row by itself; for the whole row where nobody named groups.
+
+    query, key, value: [1, heads, T, width]; mask: [1, 1, T, T], which hides groups from one another. Returns [1, T, heads, width].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if mask is None or groups is None or len(groups) == 1:
+        output, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return output, None
+    own = [slice(start, stop) for start, stop in groups]
+    parts = [
+        sdpa_attention_forward(module, query[:, :, at], key[:, :, at], value[:, :, at], mask[:, :, at, at], **kwargs)[0]
+        for at in own
+    ]
+    return torch.cat(parts, dim=1), None
+
+
 def set_attention(policy: Any, section: ModelSection, device: str, whole: bool = True) -> None:
     """Give a model that is about to be trained the recipe's attention. Raises UserError for flex where there is no GPU.
 
@@ -42,9 +69,13 @@ def set_attention(policy: Any, section: ModelSection, device: str, whole: bool =
         raise UserError(
             "model.attention is flex, which trains on a GPU only (torch has no backward for it elsewhere). Use auto or sdpa."
         )
-    if section.attention not in (("auto", "flex") if whole else ("flex",)) or device != "cuda":
+    if section.attention not in (("auto", "flex") if whole else ("flex",)):
         return
     _register()
+    if device != "cuda":
+        if device == "cpu" and policy.config.get_text_config()._attn_implementation == "sdpa" and _takes_others(policy):
+            _set(policy, BY_GROUP)
+        return
     if section.attention == "flex":
         _set(policy, FLEX)
     elif reason := try_attention(policy, compute(section), FLEX):
@@ -54,7 +85,7 @@ def set_attention(policy: Any, section: ModelSection, device: str, whole: bool =
 def attention_of(policy: Any) -> str:
     """flex, sdpa or eager: what a model computes with."""
     name = str(policy.config.get_text_config()._attn_implementation)
-    return "flex" if name == FLEX else name
+    return {FLEX: "flex", BY_GROUP: "sdpa"}.get(name, name)
 
 
 def try_attention(policy: Any, hardware: Compute, other: str) -> str:
@@ -90,16 +121,19 @@ def _output(policy: Any, length: int, hardware: Compute) -> torch.Tensor:
     ids = [10 + (7 * place) % 400 for place in range(length)]
     packed = pack([(ids, (ids[:40], ids[5:30])), (ids[9:], (ids[3:50], ids[2:5]))]).to(hardware.device)
     with hardware.autocast():
-        output = policy(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.mask_for(policy), use_cache=False
-        )[0]
+        output = policy(**packed.inputs_for(policy))[0]
     return torch.as_tensor(output).float()
 
 
 def use_sdpa(policy: Any) -> None:
     """For passes over padded batches instead of packed rows."""
-    if attention_of(policy) == "flex":
+    if policy.config.get_text_config()._attn_implementation in (FLEX, BY_GROUP):
         _set(policy, "sdpa")
+
+
+def _takes_others(policy: Any) -> bool:
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    return bool(getattr(model, "_supports_attention_backend", False))
 
 
 def _set(policy: Any, name: str) -> None:
@@ -114,3 +148,5 @@ def _register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(FLEX, flex_attention)
     # Without an entry here a padded batch would be computed without any mask, silently.
     ALL_MASK_ATTENTION_FUNCTIONS.register(FLEX, ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"])
+    ALL_ATTENTION_FUNCTIONS.register(BY_GROUP, by_group_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(BY_GROUP, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -18,6 +18,7 @@ import torch
 from suasion.errors import UserError
 
 FLEX = ("flex_attention", "suasion_flex")  # the library's, and attention.py's
+BY_GROUP = "suasion_by_group"  # attention.py's for processors
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,29 @@ class Packed:
         """bool [1, 1, T, T], True where a query (row) may see a key (column): its own prompt and its own reply, up to itself."""
         return self._dense(None)
 
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """[start, stop) of every group: what lies in different groups never sees one another."""
+        stops = torch.unique_consecutive(self.group, return_counts=True)[1].cumsum(0).tolist()
+        return list(zip([0, *stops[:-1]], stops, strict=True))
+
+    def inputs_for(self, model: Any) -> dict[str, Any]:
+        """What a model is called with."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.mask_for(model),
+            "use_cache": False,
+            **({"groups": self.groups} if _attention_name(model) == BY_GROUP else {}),
+        }
+
     def mask_for(self, model: Any) -> Any:
         """What a model takes: a mask for its kind of attention; for layers that see a window only, one of their own.
 
         A mask that is given whole is taken as it is, so that the window must be in it. It counts positions within a sequence, as in training
         without packing and in sampling.
         """
-        config = getattr(model, "module", model).config.get_text_config()  # a model wrapped for several processes has none itself
-        name = config._attn_implementation
+        config, name = _config(model), _attention_name(model)
         make = self.block_mask if name in FLEX else self._added if name == "eager" else self._dense
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -105,6 +121,14 @@ class Packed:
         return Packed(**{name: value.to(device) for name, value in vars(self).items()})
 
 
+def _config(model: Any) -> Any:
+    return getattr(model, "module", model).config.get_text_config()  # a model wrapped for several processes has none itself
+
+
+def _attention_name(model: Any) -> str:
+    return str(_config(model)._attn_implementation)
+
+
 def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Packed:
     """Lay out groups of (prompt ids, replies' ids) in one row. Raises ValueError for an empty prompt or reply."""
     ids: list[int] = []
@@ -147,13 +171,7 @@ def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Pac
 
 def reply_logits(model: Any, packed: Packed) -> torch.Tensor:
     """Logits [K, V] in fp32 at the positions that predict reply tokens (a low-precision log-softmax loses whole nats)."""
-    output = model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        attention_mask=packed.mask_for(model),
-        logits_to_keep=packed.predict_at,
-        use_cache=False,
-    )
+    output = model(**packed.inputs_for(model), logits_to_keep=packed.predict_at)
     logits: torch.Tensor = output.logits[0].float()
     return logits
 

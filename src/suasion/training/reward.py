@@ -105,9 +105,7 @@ class RewardNet(torch.nn.Module):
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Rewards [S] in fp32 of the replies of a packed row."""
-        hidden = self.backbone(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.mask_for(self.backbone), use_cache=False
-        ).last_hidden_state[0, packed.ends]  # fmt: skip
+        hidden = self.backbone(**packed.inputs_for(self.backbone)).last_hidden_state[0, packed.ends]
         with torch.autocast(hidden.device.type, enabled=False):
             rewards: torch.Tensor = self.head(hidden.float())[:, 0]
         return rewards
