@@ -36,6 +36,15 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tens
     return {name: (down, weights[f"{name}.lora_B.weight"]) for name, down in downs.items()}, config
 
 
+def is_plain(folder: Path) -> bool:
+    """Whether `read_adapter` reads it: peft also writes adapters of embeddings and of GPT-2's layers, and saves an adapted head whole."""
+    try:
+        read_adapter(folder)
+    except UserError:
+        return False
+    return True
+
+
 class _Update:
     """Forward hook of a linear layer: adds s B A x. The same order of operations as peft's, so that nothing but the place differs."""
 
@@ -63,7 +72,8 @@ class AdaptersByRow:
     """Several models that share their weights, in one batch: each row computes with the adapters of its own model beside them.
 
     The adapters of all models lie side by side as one of their summed rank R, computed for every row; before it is added, a row's share in each
-    adapter's ranks is multiplied by that adapter's scale, or by 0 where it is none of its model's.
+    adapter's ranks is multiplied by that adapter's scale, or by 0 where it is none of its model's. In bf16 a scale that is no power of two is
+    thus rounded with the smaller of the two products, where peft rounds it with the sum.
     """
 
     def __init__(self, model: Any, adapters: Mapping[str, Sequence[Path]]):
@@ -77,7 +87,7 @@ class AdaptersByRow:
             for name, own in adapters.items()
         }
         self._of_rows: torch.Tensor  # [rows, adapters]
-        self._by_rank: dict[tuple[int, ...], torch.Tensor] = {}  # adapter of each rank -> [rows, 1, R], the same for most layers
+        self._by_rank: dict[Any, torch.Tensor] = {}  # (adapter of each rank, device) -> [rows, 1, R], the same for most layers
         modules = dict(model.named_modules())
         for name in dict.fromkeys(name for weights, _ in read for name in weights):
             module = modules[name.removeprefix(PREFIX)]
@@ -97,8 +107,11 @@ class AdaptersByRow:
         columns = torch.tensor(ranks)
 
         def update(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            if ranks not in self._by_rank:
-                self._by_rank[ranks] = self._of_rows[:, columns].to(down.device)[:, None]
-            return output + F.linear(F.linear(inputs[0], down) * self._by_rank[ranks], up)
+            if (ranks, down.device) not in self._by_rank:
+                self._by_rank[ranks, down.device] = self._of_rows[:, columns].to(down.device)[:, None]
+            scales = self._by_rank[ranks, down.device]
+            low = F.linear(inputs[0], down)
+            shaped = low.reshape(len(scales), -1, low.shape[-1])  # some models give a layer [rows * T, in]
+            return output + F.linear((shaped * scales).view(low.shape), up)
 
         return update

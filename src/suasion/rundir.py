@@ -259,8 +259,7 @@ class RunDir:
 
     def timings(self) -> dict[str, list[dict[str, Any]]]:
         """Stage -> attempts, each with seconds."""
-        path = self.path / TIMINGS
-        return read_json(path) if path.is_file() else {}
+        return read_timings(self.path)
 
     def add_times(self, theirs: dict[str, list[dict[str, Any]]]) -> None:
         """Add attempts of the same run made elsewhere, those that are not known here yet; what ran here stays."""
@@ -295,6 +294,12 @@ class RunDir:
                     raise
                 raise UserError(f"another suasion run is at work in {self.path}. Wait for it, or stop it first.") from error
             yield
+
+
+def read_timings(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """The times of a run's folder by stage, {} where none are told. No artefact: they are the only thing that two equal runs do not share."""
+    path = run / TIMINGS
+    return read_json(path) if path.is_file() else {}
 
 
 def relative_files(folder: Path) -> Iterator[str]:

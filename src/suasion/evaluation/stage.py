@@ -2,7 +2,7 @@
 what follows.
 
 One response a model and prompt, with the sampling stage's settings and the same random numbers for every model: two models with
-equal weights give equal texts. The grader is Bradley-Terry, so that both orders are one observation; identical responses are ties
+equal weights give equal texts, up to floating-point ties. The grader is Bradley-Terry, so that both orders are one observation; identical responses are ties
 without a call. Writes responses.jsonl, models.json (model -> lineage), verdicts.jsonl (ModelVerdict), summary.json; where people have
 compared the models on the labelling page, also people.jsonl (their verdicts, one a comparison) and labels.jsonl (the snapshot behind
 them). Their verdicts can only come after the responses: the stage then takes its earlier files and tells the summary again.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 READABLE = (*NAMES, "cosine_to_context")
 LENGTH = READABLE.index("log_words")
-BATCH = 32
+BATCH = 8  # of 60 to 250 word pieces each: their activations stay near the caches
 CHUNK = 256  # texts between two signs of progress
 
 

@@ -24,8 +24,8 @@ from suasion.recipe import Recipe, load_recipe
 from suasion.records import Example, OutcomePair, Response, read_json, read_json_lines, read_rows
 from suasion.reporting.figures import draw_all
 from suasion.reporting.page import build_page, render
-from suasion.reporting.stage import read_curves, read_timings, write_markdown
-from suasion.rundir import Input, RunDir
+from suasion.reporting.stage import read_curves, write_markdown
+from suasion.rundir import Input, RunDir, read_timings
 from suasion.sections.grading import read_pairs_of
 
 RUN_WORDS = 12

@@ -16,7 +16,7 @@ from suasion.records import Example, Response, read_json, read_json_lines, read_
 from suasion.reporting.cards import cards
 from suasion.reporting.figures import Drawing, draw_all
 from suasion.reporting.page import build_page, render
-from suasion.rundir import Input, StageContext, StageResult
+from suasion.rundir import Input, StageContext, StageResult, read_timings
 
 
 def run_stage(stage: StageContext) -> StageResult:
@@ -45,13 +45,6 @@ def run_stage(stage: StageContext) -> StageResult:
         write_text(stage.folder / "cards" / name, text)
     (stage.folder / "summary.json").write_bytes(summary_path.read_bytes())
     return StageResult(rows_in=len(verdicts), rows_out=len(page["tables"]["comparisons"].rows), facts={"figures": len(drawings)})
-
-
-def read_timings(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """The run's timings.json, {} without one. No input of the stage: a report that tells hours is the only thing that two equal runs
-    do not share."""
-    path = run / "timings.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def read_curves(recipe: Recipe, inputs: dict[Input, Path]) -> dict[str, list[dict[str, Any]]]:

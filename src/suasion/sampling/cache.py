@@ -61,8 +61,8 @@ def _there(part: torch.Tensor | None) -> torch.Tensor:
 def _reserved(
     parts: Sequence[torch.Tensor], source: torch.Tensor, length: int, room: int, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """[rows, heads, length + room, width]: row i holds prompt source[i] up to `length`, counted through all parts, and zeros before it:
-    nobody looks there, but what masked attention multiplies by 0 must be a number."""
+    """[rows, heads, length + room, width]: row i holds prompt source[i] up to `length`, counted through all parts, and zeros before its part
+    begins: nobody looks there, but what masked attention multiplies by 0 must be a number."""
     _, heads, _, width = parts[0].shape
     whole = parts[0].new_zeros((len(source), heads, length + room, width), dtype=dtype or parts[0].dtype)
     first = 0

@@ -1,7 +1,7 @@
 """First answers of several models in the same batches: what they share is multiplied once, each row adds its own model's adapters.
 
-Sealed prompts are few, and half-empty batches are slow: where a processor reads all weights for each token, six models with a dozen prompts
-each take more than twice as long one after another as side by side (docs/benchmarks.md). What is made lands in the journal under the
+Sealed prompts are few, and half-empty batches are slow, because all weights are read for each token (docs/benchmarks.md). So batches that a
+model would not fill are filled with other models' rows; full ones are left to `respond`. What is made lands in the journal under the
 names by which `respond` looks for it, so that nothing else has to know. Each response owns its random numbers, as everywhere.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suasion.adapters import AdaptersByRow
+from suasion.adapters import AdaptersByRow, is_plain
 from suasion.chat import Renderer
 from suasion.models import Compute, Lineage, check_adapter, is_whole_model, load_merged, prepare_to_decode
 from suasion.progress import progress
 from suasion.records import Prompt
-from suasion.sampling.draws import Draw, Drawn
+from suasion.sampling.draws import Deliver, Draw, Drawn, Ended, nobody
 from suasion.sampling.local import LocalSampler, plan_batches
 from suasion.sampling.respond import Journal, add_drawn, batch_key, prompt_ids
 from suasion.sections.sampling import LocalEngine, SampleSection
@@ -61,6 +61,13 @@ class JointSampler(LocalSampler):
         self._rows = AdaptersByRow(model, beside)
         return model
 
+    def run(self, work: Sequence[tuple[str, list[Draw]]], deliver: Deliver, ended: Ended = nobody) -> None:
+        """As `LocalSampler`; then the model is let go, at once and not when the collector comes round: others are loaded next."""
+        try:
+            super().run(work, deliver, ended)
+        finally:
+            self.model = None
+
     def _decode(self, part: Sequence[Draw], **watchers: Any) -> list[Drawn]:
         return super()._decode(part, whose=self._rows.rows_are, **watchers)
 
@@ -74,12 +81,14 @@ def shared_start(lineage: Lineage, hardware: Compute) -> tuple[Path, ...]:
 
 
 def joined(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:
-    """Pieces that follow one another, together while they have at most `most` draws; those that stay alone are left out."""
+    """Each piece in the first group in which at most `most` draws come together; pieces that stay alone are left out."""
     groups: list[list[Piece]] = []
     for piece in pieces:
-        if not groups or sum(len(one.draws) for one in groups[-1]) + len(piece.draws) > most:
-            groups.append([])
-        groups[-1].append(piece)
+        with_room = (group for group in groups if sum(len(one.draws) for one in group) + len(piece.draws) <= most)
+        if (group := next(with_room, None)) is None:
+            groups.append([piece])
+        else:
+            group.append(piece)
     return [group for group in groups if len(group) > 1]
 
 
@@ -95,14 +104,16 @@ def respond_jointly(
 ) -> None:
     """Make one response of every model to every prompt as far as batches can be shared, and journal them. models: label -> lineage.
 
-    Only the local engine in one process shares batches, and not over weights in 4 bits. A shared batch of which some models' part is missing is made again whole, so that it is made of the same sums.
+    Only the local engine in one process shares batches, and not over weights in 4 bits or with adapters that are no plain LoRA. A shared
+    batch of which some models' part is missing is made again whole, so that it is made of the same sums.
     """
     if not isinstance(settings.engine, LocalEngine) or processes > 1:
         return
     sharing: dict[tuple[Path, ...], dict[str, Lineage]] = {}
     for label, lineage in models.items():
-        if not lineage.base.quantization:
-            sharing.setdefault(shared_start(lineage, hardware), {})[label] = lineage
+        start = shared_start(lineage, hardware)
+        if not lineage.base.quantization and all(map(is_plain, lineage.adapters[len(start) :])):
+            sharing.setdefault(start, {})[label] = lineage
     for start, lineages in sharing.items():
         ids = prompt_ids(prompts, settings, next(iter(lineages.values())).base, renderer)
         hashes = {label: lineage.hash for label, lineage in lineages.items()}
@@ -124,8 +135,10 @@ def respond_jointly(
                     own = [one for one in drawn if one.draw in piece.draws]
                     add_drawn(journal, piece.key, own, prompts, renderer, hashes[piece.label])
 
-        sampler = JointSampler(start, lineages, settings, renderer, hardware, seed)
+        labels = {piece.label for group in groups.values() for piece in group}
+        sharers = {label: lineage for label, lineage in lineages.items() if label in labels}
+        sampler = JointSampler(start, sharers, settings, renderer, hardware, seed)
         total, left = (sum(len(piece.draws) for group in some.values() for piece in group) for some in (groups, missing))
-        with progress(f"responses of {len(lineages)} models", total, "responses", total - left) as advance:
+        with progress(f"responses of {len(labels)} models", total, "responses", total - left) as advance:
             work = [(key, [draw for piece in group for draw in piece.draws]) for key, group in missing.items()]
             sampler.run(work, deliver, advance)

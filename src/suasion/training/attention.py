@@ -1,4 +1,4 @@
-"""Which attention a training computes with: FlexAttention on a GPU, scaled dot-product attention (SDPA) elsewhere, there group by group.
+"""Which attention a training computes with: FlexAttention on a GPU, scaled dot-product attention (SDPA) elsewhere, on a CPU group by group.
 
 A packed row hides most of its square from every token. SDPA computes the square all the same, FlexAttention skips the blocks that
 nobody sees, but it is compiled for the machine, and not every model, GPU or torch build can do that. `model.attention: auto` therefore
