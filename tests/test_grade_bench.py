@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from suasion.cli import app
 from suasion.errors import UsageError, UserError
-from suasion.grading import bench, bench_run, disagreements, importers, labelled
+from suasion.grading import bench, bench_files, bench_run, disagreements, importers, labelled
 from suasion.grading.base import COIN, FIRST_POSITION, LONGER_WINS, Comparison, Judgement
 from suasion.grading.features import first_words, word_count
 from suasion.grading.files import load_grader
@@ -249,6 +249,11 @@ def test_shared_pairs_are_left_out_and_shared_groups_are_told(capsys):
     assert "left out of training" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match="--train PAIRS"):
         bench_run.run_bench(NGRAM, pairs, None, 0, 0)
+
+
+def test_a_slow_grader_has_a_speed_too():
+    """A reward model on a CPU scores a pair in three seconds: that is no 0 pairs a second."""
+    assert [bench_files.rate(value) for value in (240 / 681.7, 4.26, 12.4, 1234.5)] == ["0.35", "4.3", "12", "1,234"]
 
 
 def test_the_command_writes_what_the_design_asks_for(tmp_path):

@@ -146,10 +146,15 @@ def measures(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[st
         ("ties / missing", lambda row: f"{row['ties']} / {row['missing']}"),
         ("cost, US dollars", lambda row: f"{row['cost']:.4f}" if row["cost"] else "0"),
         ("seconds", lambda row: f"{row['seconds']:.1f}"),
-        ("pairs a second", lambda row: f"{row['n'] / row['seconds']:,.0f}" if row["seconds"] >= 0.1 else "-"),
+        ("pairs a second", lambda row: rate(row["n"] / row["seconds"]) if row["seconds"] >= 0.1 else "-"),
     )
     header = [result["grader"], *(NAMES[key] for key in result["baselines"])]
     return header, [(title, [cell(column) for column in columns]) for title, cell in titles]
+
+
+def rate(value: float) -> str:
+    """Two digits for a slow grader, whole pairs for a fast one."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def facts(result: dict[str, Any]) -> list[str]:
