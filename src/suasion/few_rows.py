@@ -13,8 +13,8 @@ MOST_ROWS = 96
 class FewRowsLinear(torch.nn.Linear):
     """A linear layer that asks for W xᵀ where x has few rows, instead of x Wᵀ: the same sums, for which MKL has a faster product.
 
-    A step of the bundled model takes half the time with 2 to 6 rows, .8 of it with 24; from about 100 rows on the copy of the turned result
-    eats what is saved (2 cores of an AMD EPYC, docs/benchmarks.md).
+    Up to twice the rate with 2 to 6 rows, a tenth to a fifth more up to some 70; from about 100 rows on the copy of the turned result eats what
+    is saved (2 cores of an AMD EPYC, docs/benchmarks.md).
     """
 
     def __init__(self, layer: torch.nn.Linear):
