@@ -28,13 +28,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 4, 8, 16, 24, 32, 48, 72, 96])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if max(options.rows) > MOST_ROWS:
+        parser.error(f"FewRowsLinear goes to {MOST_ROWS} rows")
     layers = [torch.nn.Linear(width, out, bias=False) for out, width in [*LAYER * LAYERS, HEAD]]
     few = [FewRowsLinear(layer) for layer in layers]
     operations = sum(2 * layer.weight.numel() for layer in layers) / 1e9
     print(f"{torch.get_num_threads()} threads, MKL: {torch.backends.mkl.is_available()}")
     print(f"{'rows':>5} {'x Wᵀ':>8} {'W xᵀ':>8}")
     for rows in options.rows:
-        assert rows <= MOST_ROWS, f"FewRowsLinear goes to {MOST_ROWS} rows"
         inputs = {width: torch.randn(rows, 1, width) for width in (576, 1536)}
         ways: list[Callable[[], None]] = [
             lambda inputs=inputs: [F.linear(inputs[layer.in_features], layer.weight) for layer in layers],  # type: ignore[misc]

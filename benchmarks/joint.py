@@ -17,7 +17,7 @@ def main() -> None:
     """Measure and print."""
     from suasion.chat import Renderer
     from suasion.evaluation.stage import label_of, settings_of
-    from suasion.models import Lineage, compute, load_tokenizer
+    from suasion.models import compute, lineage_of, load_tokenizer
     from suasion.records import Example, read_rows
     from suasion.sampling.joint import respond_jointly
     from suasion.sampling.respond import Journal, respond
@@ -29,12 +29,10 @@ def main() -> None:
     options = parser.parse_args()
     directory, recipe = load_run(options.run)
     model = recipe.model.model_copy(update={"dtype": options.dtype})
+    recipe = recipe.model_copy(update={"model": model})
     renderer, hardware, settings = Renderer(load_tokenizer(model), model.system_prompt), compute(model), settings_of(recipe)
     prompts = [example.prompt() for example in read_rows(directory.folder("pools") / "eval.jsonl", Example)]
-    lineages = {
-        label_of(name): Lineage(model, tuple(directory.folder(stage) / "adapter" for stage in recipe.adapter_stages(name)))
-        for name in recipe.model_names()
-    }
+    lineages = {label_of(name): lineage_of(directory, recipe, name) for name in recipe.model_names()}
 
     def answers(journal: Journal) -> dict[tuple[str, str], str]:
         return {

@@ -35,13 +35,18 @@ def preference_pairs(count: int = 7) -> list[PairIds]:
     return [PairIds(f"p{i}", ids(5 + i), ids(3 + i % 4), ids(6 - i % 3), 1.0) for i in range(count)]
 
 
+def stir(policy, seed: int, std: float = 0.3) -> None:
+    """Let a fresh adapter change the model: its B matrices are drawn instead of zero."""
+    torch.manual_seed(seed)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+
+
 def nonzero_adapter(model: ModelSection, folder: Path) -> Path:
     """An adapter that changes the model, as SFT would have left it."""
     policy = load_policy(Lineage(model), LORA, 0)
-    torch.manual_seed(5)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+    stir(policy, 5)
     save_adapter(policy, folder, model)
     return folder
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_training import stir
 
 from suasion.adapters import AdaptersByRow
 from suasion.models import Compute, Lineage, attach_adapter, load_policy, load_to_sample, save_adapter
@@ -37,11 +38,7 @@ def lineages(tiny, tmp_path_factory):
 
     def trained(start, name, **lora):
         policy = load_policy(start, LoraSection(dropout=0, **lora), 1)
-        generator = torch.Generator().manual_seed(len(name))
-        with torch.no_grad():
-            for parameter, weight in policy.named_parameters():
-                if "lora_B" in parameter:
-                    weight.normal_(0, 0.3, generator=generator)
+        stir(policy, len(name))
         save_adapter(policy, folder / name, tiny)
         return start.extended(folder / name)
 
@@ -168,10 +165,7 @@ def test_layers_that_get_rows_and_tokens_as_one_dimension(tmp_path, tiny):
         policy = attach_adapter(
             copy.deepcopy(model), LoraSection(r=2, dropout=0, targets=("fc1", "fc2", "q_proj")), seed, "opt", "opt"
         )
-        with torch.no_grad():
-            for name, weight in policy.named_parameters():
-                if "lora_B" in name:
-                    weight.normal_(0, 0.5)
+        stir(policy, seed, 0.5)
         save_adapter(policy, tmp_path / str(seed), tiny)
         folders.append(tmp_path / str(seed))
         wanted.append(policy.eval()(ids).logits)

@@ -16,7 +16,7 @@ import torch
 from suasion.adapters import read_adapter
 from suasion.chat import Renderer
 from suasion.errors import UsageError, UserError
-from suasion.models import Lineage, adapter_hash, base_hash, is_whole_model, load_merged, load_tokenizer
+from suasion.models import Lineage, adapter_hash, base_hash, is_whole_model, lineage_of, load_merged, load_tokenizer
 from suasion.recipe import Recipe
 from suasion.records import write_json
 from suasion.rundir import RunDir
@@ -34,7 +34,7 @@ def export(directory: RunDir, recipe: Recipe, model: str, to: Path, merged: bool
             raise UserError(
                 f"model {model} needs stage {name}, which is {directory.state(name)}. Finish it: {directory.go_on('--until', name)}"
             )
-    lineage = Lineage(recipe.model, tuple(directory.folder(name) / "adapter" for name in names))
+    lineage = lineage_of(directory, recipe, model)
     if not names and not merged:
         raise UsageError("base has no adapter: it is the base model itself. Take it as it is, or write a copy with --merged.")
     expected = directory.manifest(names[-1]).facts.get("lineage") if names else lineage.hash

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,10 @@ from suasion.records import canonical_json, content_id, read_json, sha256_file, 
 from suasion.rundir import cache_dir
 from suasion.sections.training import LoraSection, ModelSection
 from suasion.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from suasion.recipe import Recipe
+    from suasion.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,11 @@ class Lineage:
     def extended(self, adapter: Path) -> Lineage:
         """The same with one more adapter."""
         return Lineage(self.base, (*self.adapters, adapter))
+
+
+def lineage_of(directory: RunDir, recipe: Recipe, model: str) -> Lineage:
+    """The lineage of one of a run's models, from the folders of its trainings, finished or not."""
+    return Lineage(recipe.model, tuple(directory.folder(stage) / "adapter" for stage in recipe.adapter_stages(model)))
 
 
 def lineage_hash(base: str, adapters: Sequence[Path]) -> str:

@@ -109,13 +109,13 @@ def respond_jointly(
     """
     if not isinstance(settings.engine, LocalEngine) or processes > 1:
         return
+    ids = prompt_ids(prompts, settings, next(iter(models.values())).base, renderer)
     sharing: dict[tuple[Path, ...], dict[str, Lineage]] = {}
     for label, lineage in models.items():
         start = shared_start(lineage, hardware)
         if not lineage.base.quantization and all(map(is_plain, lineage.adapters[len(start) :])):
             sharing.setdefault(start, {})[label] = lineage
     for start, lineages in sharing.items():
-        ids = prompt_ids(prompts, settings, next(iter(lineages.values())).base, renderer)
         hashes = {label: lineage.hash for label, lineage in lineages.items()}
         pieces = [
             Piece(label, batch_key(label, hashes[label], 0, number), batch)

@@ -19,7 +19,7 @@ import numpy as np
 from suasion.chat import Renderer
 from suasion.errors import UsageError, UserError
 from suasion.memory import free_memory
-from suasion.models import Lineage, compute, load_tokenizer
+from suasion.models import compute, lineage_of, load_tokenizer
 from suasion.records import Turn, content_id
 from suasion.sampling.draws import Draw, Sampler
 from suasion.sampling.local import LocalSampler
@@ -65,10 +65,7 @@ class Talk:
             for name in recipe.model_names()
             if all(directory.state(stage) == "complete" for stage in recipe.adapter_stages(name))
         ]
-        self._lineages = {
-            name: Lineage(recipe.model, tuple(directory.folder(stage) / "adapter" for stage in recipe.adapter_stages(name)))
-            for name in self.finished
-        }
+        self._lineages = {name: lineage_of(directory, recipe, name) for name in self.finished}
         self.renderer = Renderer(load_tokenizer(recipe.model), recipe.model.system_prompt)
         self._hardware = compute(recipe.model)
         self._samplers: dict[str, Sampler] = {}

@@ -16,7 +16,7 @@ from suasion.errors import UserError
 from suasion.models import Compute, compute
 from suasion.progress import console
 from suasion.sections.training import ModelSection
-from suasion.training.prefix import BY_GROUP, pack
+from suasion.training.prefix import BY_GROUP, attention_name, pack
 
 FLEX = "suasion_flex"  # its name in transformers' table; prefix.py makes its masks
 TRIED_LENGTHS = (70, 150)  # of a prompt; two, because the second length is compiled otherwise than the first
@@ -73,7 +73,7 @@ def set_attention(policy: Any, section: ModelSection, device: str, whole: bool =
         return
     _register()
     if device != "cuda":
-        if device == "cpu" and policy.config.get_text_config()._attn_implementation == "sdpa" and _takes_others(policy):
+        if device == "cpu" and attention_name(policy) == "sdpa" and _takes_others(policy):
             _set(policy, BY_GROUP)
         return
     if section.attention == "flex":
@@ -84,7 +84,7 @@ def set_attention(policy: Any, section: ModelSection, device: str, whole: bool =
 
 def attention_of(policy: Any) -> str:
     """flex, sdpa or eager: what a model computes with."""
-    name = str(policy.config.get_text_config()._attn_implementation)
+    name = attention_name(policy)
     return {FLEX: "flex", BY_GROUP: "sdpa"}.get(name, name)
 
 
@@ -127,18 +127,20 @@ def _output(policy: Any, length: int, hardware: Compute) -> torch.Tensor:
 
 def use_sdpa(policy: Any) -> None:
     """For passes over padded batches instead of packed rows."""
-    if policy.config.get_text_config()._attn_implementation in (FLEX, BY_GROUP):
+    if attention_name(policy) in (FLEX, BY_GROUP):
         _set(policy, "sdpa")
 
 
+def _without_adapter(policy: Any) -> Any:
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
 def _takes_others(policy: Any) -> bool:
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    return bool(getattr(model, "_supports_attention_backend", False))
+    return bool(getattr(_without_adapter(policy), "_supports_attention_backend", False))
 
 
 def _set(policy: Any, name: str) -> None:
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    model.set_attn_implementation(name)
+    _without_adapter(policy).set_attn_implementation(name)
 
 
 def _register() -> None:

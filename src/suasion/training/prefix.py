@@ -57,7 +57,7 @@ class Packed:
             "position_ids": self.position_ids,
             "attention_mask": self.mask_for(model),
             "use_cache": False,
-            **({"groups": self.groups} if _attention_name(model) == BY_GROUP else {}),
+            **({"groups": self.groups} if attention_name(model) == BY_GROUP else {}),
         }
 
     def mask_for(self, model: Any) -> Any:
@@ -66,7 +66,7 @@ class Packed:
         A mask that is given whole is taken as it is, so that the window must be in it. It counts positions within a sequence, as in training
         without packing and in sampling.
         """
-        config, name = _config(model), _attention_name(model)
+        config, name = _config(model), attention_name(model)
         make = self.block_mask if name in FLEX else self._added if name == "eager" else self._dense
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -125,7 +125,8 @@ def _config(model: Any) -> Any:
     return getattr(model, "module", model).config.get_text_config()  # a model wrapped for several processes has none itself
 
 
-def _attention_name(model: Any) -> str:
+def attention_name(model: Any) -> str:
+    """The attention that a model computes with, by its name in transformers' table."""
     return str(_config(model)._attn_implementation)
 
 
