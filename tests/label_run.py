@@ -93,7 +93,7 @@ class Server:
     def __init__(self, run: Path, port: int = 0, *options: str):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "suasion.cli", "label", "serve", str(run), "--port", str(port), *options],
+            [sys.executable, "-m", "suasion", "label", "serve", str(run), "--port", str(port), *options],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         self.printed = ""

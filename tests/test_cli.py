@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def suasion(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "suasion.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "suasion", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def flat(done: subprocess.CompletedProcess) -> str:

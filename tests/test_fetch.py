@@ -429,7 +429,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(suasion.__file__).parents[1]
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "suasion.cli", "fetch", *arguments]
+    return [sys.executable, "-m", "suasion", "fetch", *arguments]
 
 
 def flat(text: str) -> str:

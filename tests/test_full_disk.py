@@ -29,7 +29,7 @@ def test_a_full_disk_is_a_message_and_the_next_run_goes_on(tmp_path, kib):
     """0: nothing can be written; 64: the attempt is noted, no checkpoint fits; 400: a checkpoint breaks off half-way."""
     if sys.platform != "linux" or shutil.which("unshare") is None:
         pytest.skip("needs mount namespaces")
-    command = [sys.executable, "-m", "suasion.cli", "--threads", "1", "run", str(TINY), "--runs", str(tmp_path)]
+    command = [sys.executable, "-m", "suasion", "--threads", "1", "run", str(TINY), "--runs", str(tmp_path)]
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", SCRIPT, "sh", str(tmp_path), str(kib), *command],
         capture_output=True,

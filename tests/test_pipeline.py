@@ -290,7 +290,7 @@ def test_interrupt_says_what_to_do_and_exits_130(tmp_path, recipe):
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_recipe(recipe))
     process = subprocess.Popen(
-        [sys.executable, "-m", "suasion.cli", "--threads", "1", "run", str(file), "--runs", str(tmp_path / "runs")],
+        [sys.executable, "-m", "suasion", "--threads", "1", "run", str(file), "--runs", str(tmp_path / "runs")],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it, which is inherited
     )  # fmt: skip

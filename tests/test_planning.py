@@ -75,11 +75,11 @@ def test_seconds_are_tokens_over_rates(recipe: Recipe) -> None:
     assert list(plans)[:3] == ["corpus", "pools", "sft"]
     assert plans["sft"].steps == 2 * 8
     assert plans["sft"].seconds == pytest.approx(2 * 32 * 250 / 500 + load)
-    assert plans["sample"].rows == 2 * 28
-    assert plans["sample"].seconds == pytest.approx(28 * 200 / 1000 + 1.1 * 56 * 50 / 100 + load)
-    assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif"].steps) == (16, 16)
-    assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-matched"].rows == plans["human-labels"].rows == 12
-    assert plans["dpo-rlaif"].seconds == pytest.approx(16 * 300 / 1000 + 2 * 16 * 300 / 500 + 2 * 5 * 300 / 1000 + load)
+    assert plans["sample"].rows == 2 * 22
+    assert plans["sample"].seconds == pytest.approx(22 * 200 / 1000 + 1.1 * 44 * 50 / 100 + load)
+    assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif"].steps) == (12, 18)
+    assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-matched"].rows == plans["human-labels"].rows == 10
+    assert plans["dpo-rlaif"].seconds == pytest.approx(12 * 300 / 1000 + 3 * 12 * 300 / 500 + 2 * 5 * 300 / 1000 + load)
     assert plans["evaluate"].rows == 6 * 6
     answers, likelihoods = 6 * 200 / 1000 + 1.1 * 6 * 50 / 100 + load, 4 * 300 / 1000
     assert plans["evaluate"].seconds == pytest.approx(6 * (answers + likelihoods) + 20)
@@ -100,7 +100,7 @@ def test_human_arms_train_on_the_imported_rows(recipe: Recipe) -> None:
     plans = by_stage(stage_plans(recipe, LENGTHS, RATES, rows=32, imported=160))
     assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-rlhf"].rows == plans["human-labels"].rows == 160
     assert plans["dpo-rlhf"].steps == 3 * 80
-    assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif-matched"].rows) == (16, 12)
+    assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif-matched"].rows) == (12, 10)
 
 
 def test_responses_are_no_longer_than_allowed(recipe: Recipe) -> None:
@@ -109,7 +109,7 @@ def test_responses_are_no_longer_than_allowed(recipe: Recipe) -> None:
 
 
 def test_the_rest_is_what_the_pools_leave(recipe: Recipe) -> None:
-    sizes = {"sft": 77, "rlaif": 16, "rlhf": 12, "eval": 6, "judge_conversations": 24}
+    sizes = {"sft": 77, "rlaif": 12, "rlhf": 10, "eval": 6, "judge_conversations": 12}
     assert sft_rows(recipe, sizes) == 32
     assert sft_rows(load_recipe(TINY, ("pools.sft=rest",)), sizes) == 77
 
@@ -136,7 +136,7 @@ def test_what_is_detectable_names_its_assumptions(recipe: Recipe) -> None:
 
 def test_warnings(recipe: Recipe) -> None:
     stages = [StagePlan("sft", 9, 20, 1.0), StagePlan("dpo-a", 0, 0, 1.0), StagePlan("sample", 9, 0, 1.0)]
-    sizes = {"sft": 32, "rlaif": 15, "rlhf": 12, "eval": 6, "judge_conversations": 24}
+    sizes = {"sft": 32, "rlaif": 11, "rlhf": 10, "eval": 6, "judge_conversations": 12}
     found = planning.warnings(recipe, Plan("x", stages, RATES, disk_bytes=2, free_bytes=1, attainable=sizes))
     assert [line.split()[0] for line in found] == ["dpo-a", "pools.rlaif", "needs"]
     tight = replace(RATES, train_bytes=4e9, write_bytes=math.inf)
@@ -159,7 +159,7 @@ def test_a_plan_says_what_it_cannot_know() -> None:
             "sample.engine={kind: endpoint, server: vllm, urls: ['http://127.0.0.1:1/v1']}",
         ),
     )
-    said = planning.warnings(recipe, Plan("x", [], RATES, disk_bytes=1, free_bytes=2, attainable={"rlaif": 16}))
+    said = planning.warnings(recipe, Plan("x", [], RATES, disk_bytes=1, free_bytes=2, attainable={"rlaif": 12}))
     assert said[0].startswith("ai-labels asks a language model: its time and price are not in these hours")
     assert "draw from servers" in said[1]
     assert len(said) == 2
@@ -178,7 +178,7 @@ def test_a_plan_of_the_tiny_recipe(tmp_path: Path, one_thread: None) -> None:
     recipe = with_labels(preferences(tmp_path / "labels.jsonl", 5))
     plan = make_plan(recipe, tmp_path / "runs" / "none", seconds=0.2)
     stages = by_stage(plan.stages)
-    assert plan.attainable == {"sft": 32, "rlaif": 16, "rlhf": 12, "eval": 6, "judge_conversations": 24}
+    assert plan.attainable == {"sft": 32, "rlaif": 12, "rlhf": 10, "eval": 6, "judge_conversations": 12}
     assert stages["dpo-rlhf"].rows == 5
     assert all(item.seconds > 0 for item in plan.stages)
     assert min(plan.rates.prefill, plan.rates.decode, plan.rates.train) > 0
@@ -199,7 +199,7 @@ def test_a_plan_of_the_tiny_recipe(tmp_path: Path, one_thread: None) -> None:
 def test_labels_that_are_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "measure", lambda recipe, seconds: RATES)
     plan = make_plan(with_labels(tmp_path / "labels.jsonl"), tmp_path, seconds=0)
-    assert by_stage(plan.stages)["dpo-rlhf"].rows == 12
+    assert by_stage(plan.stages)["dpo-rlhf"].rows == 10
     assert "no human labels at" in plan.warnings[0]
 
 
@@ -210,11 +210,16 @@ def test_data_that_a_grader_will_miss_is_said_before(tmp_path: Path) -> None:
     assert any(str(nowhere) in warning for warning in plan.warnings)
 
 
-def test_the_longest_rows_fill_a_micro_batch_or_stand_alone(recipe: Recipe) -> None:
-    """tiny: contexts of 288 and two responses of 128 are 544 tokens, more than a processor's 512; on a GPU seven of them are packed."""
+def test_the_longest_rows_fill_a_micro_batch_or_stand_alone() -> None:
+    """Contexts of 288 and two responses of 128 are 544 tokens, more than a processor's 512; on a GPU seven of them are packed."""
+    device = (f"{section}.micro_batch_tokens=null" for section in ("sft", "dpo.0", "dpo.1", "dpo.2", "dpo.3"))
+    long = ("corpus.context_tokens=288", "corpus.reply_tokens=[12,128]", "sample.max_new_tokens=128", *device)
+    recipe = load_recipe(TINY, long)
     assert planning.longest_rows(recipe, Compute("cpu", "float32", 1)) == (1, 288, 128)
     assert planning.longest_rows(recipe, Compute("cuda", "bfloat16", 1)) == (4096 // 544, 288, 128)
-    short = load_recipe(TINY, ("sample.max_new_tokens=64", "corpus.reply_tokens=[12,64]"))  # then SFT's rows are the longest
+    short = load_recipe(
+        TINY, (*long, "sample.max_new_tokens=64", "corpus.reply_tokens=[12,64]")
+    )  # then SFT's rows are the longest
     assert planning.longest_rows(short, Compute("cpu", "float32", 1)) == (1, 512 - 64, 32)
 
 

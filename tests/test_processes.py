@@ -170,7 +170,7 @@ def test_shards_compute_in_bf16_as_a_whole_model_does(tmp_path) -> None:
 
 
 def joining(run_: Path, machine: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "suasion.cli", "join", str(run_), "--machine", str(machine)])
+    return subprocess.Popen([sys.executable, "-m", "suasion", "join", str(run_), "--machine", str(machine)])
 
 
 def on_two_machines(profile: str) -> str:

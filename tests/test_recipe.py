@@ -94,6 +94,7 @@ def test_lengths_that_exceed_the_sequence_are_refused(data):
 
 def test_the_longest_reply_leaves_256_tokens_to_its_context(data):
     data["corpus"].update(reply_tokens=[12, 128], context_tokens=100)
+    data["sample"]["max_new_tokens"] = 128
     data["model"]["max_length"] = 128 + 256
     validate_recipe(data, "test")
     data["corpus"]["reply_tokens"] = [12, 129]

@@ -88,7 +88,7 @@ def _bundled() -> Path:
 
 def _tiny() -> Path:
     """A random two-layer model with a small tokenizer of its own, for tests and dry runs. It never says anything sensible."""
-    target = cache_dir() / "models" / "random-tiny-3"
+    target = cache_dir() / "models" / "random-tiny-4"
     if not (target / "complete").is_file():
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,7 +105,7 @@ def _tiny() -> Path:
 
 
 def _tiny_tokenizer() -> Any:
-    """2,000 byte-level BPE tokens learned from the bundled corpus, with the bundled model's special tokens and template.
+    """4,000 byte-level BPE tokens learned from the bundled corpus, with the bundled model's special tokens and template.
 
     The head of a small model is its largest matrix: with the full vocabulary a two-layer model is no faster than a real one.
     """
@@ -122,7 +122,7 @@ def _tiny_tokenizer() -> Any:
     ]
     bpe = ByteLevelBPETokenizer()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator((text for text in texts if text), vocab_size=2000, special_tokens=specials, show_progress=False)
+    bpe.train_from_iterator((text for text in texts if text), vocab_size=4000, special_tokens=specials, show_progress=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>",
         chat_template=CHATML,

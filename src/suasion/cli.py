@@ -464,7 +464,3 @@ def _print_error(message: str) -> None:
     errors = Console(stderr=True, highlight=False)
     errors.print("[red]error:[/] ", end="")
     errors.print(message, markup=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

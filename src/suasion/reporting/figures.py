@@ -253,15 +253,14 @@ def text_panel(summary: dict[str, Any], key: str, title: str, form: str) -> Draw
     human = values[-1]
     if human is not None:
         axes.axvline(human, color=GRID, lw=1.0, zorder=0)
-    for row, (speaker, value) in enumerate(zip(speakers, values, strict=True)):
-        if value is None:
-            axes.annotate("not measured", (0, row), xytext=(6, 0), textcoords="offset points", va="center", color=MUTED)
-            continue
-        colour = _colour(summary, speaker["name"])
-        face = PAPER if speaker.get("simulated") else colour
-        axes.plot([0, value], [row, row], color=GRID, lw=0.9, zorder=1)
-        axes.plot(value, row, "o", ms=5.5, mfc=face, mec=colour, mew=1.4, zorder=2, clip_on=False)
-        axes.annotate(form.format(value), (value, row), xytext=(7, 0), textcoords="offset points", va="center", color=INK)
+    drawn = [row for row, value in enumerate(values) if value is not None]
+    colours = [_colour(summary, speakers[row]["name"]) for row in drawn]
+    faces = [PAPER if speakers[row].get("simulated") else colour for row, colour in zip(drawn, colours, strict=True)]
+    axes.hlines(drawn, 0, known, color=GRID, lw=0.9, zorder=1)
+    axes.scatter(known, drawn, s=5.5**2, c=faces, edgecolors=colours, linewidths=1.4, zorder=3, clip_on=False)
+    for row, value in enumerate(values):
+        words, x, away, colour = (form.format(value), value, 7, INK) if value is not None else ("not measured", 0, 6, MUTED)
+        axes.annotate(words, (x, row), xytext=(away, 0), textcoords="offset points", va="center", color=colour)
     reach = max(known) - min(0, *known) or 1
     axes.set_xlim(min(0, *known), max(known) + 0.22 * reach)
     axes.set_ylim(len(speakers) - 0.4, -0.6)
@@ -373,7 +372,8 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 def finished(figure: Figure, name: str, title: str, alt: str) -> Drawing:
     """The figure as a Drawing: equal figures have equal bytes."""
     svg, png = io.BytesIO(), io.BytesIO()
-    figure.draw_without_rendering()
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
     figure.set_layout_engine("none")  # laid out once, not again for each format; savefig would draw each twice to make sure
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
     figure.set_dpi(200)
