@@ -1,7 +1,7 @@
 """How many responses depend on how many are decoded together: those of a run's SFT model, drawn at several batch sizes.
 
-    python benchmarks/batch_sizes.py runs/demo --out results               # 100 prompts x 2, fp32, batches of 8 and of 32
-    python benchmarks/batch_sizes.py runs/demo --out results --dtype bfloat16
+    python benchmarks/batch_sizes.py runs/cmv-cpu --out results            # 100 prompts x 2, fp32, batches of 8 and of 32
+    python benchmarks/batch_sizes.py runs/cmv-cpu --out results --dtype bfloat16
 
 Every response owns its random numbers, so that only floating-point sums can make a difference: to be shown is that in fp32 at most 1
 response in 200 differs. Prompts are those of the run's pools but evaluation's, which is sealed, the shortest first; the settings are its

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from suasion.models import Compute, Lineage, load_policy, load_tokenizer, save_adapter
+from suasion.models import Compute, Lineage, load_policy, load_tokenizer, round_for_training, save_adapter
 from suasion.sections.training import DpoArm, LoraSection, ModelSection
 from suasion.training.dpo import DpoTrainer, with_reference
 from suasion.training.loop import arguments, train
@@ -71,19 +71,19 @@ def interrupt(step: int):
     return action
 
 
-def run_dpo(lineage: Lineage, folder: Path, pairs: list[PairIds], at_step: Any = None, **settings: Any):
+def run_dpo(lineage: Lineage, folder: Path, pairs: list[PairIds], at_step: Any = None, hardware: Compute = CPU, **settings: Any):
     """Train, or go on; returns (policy, pairs with their reference, metrics). settings: fields of the arm."""
     fields = {"learning_rate": 5e-3, "epochs": 3.0, "batch_size": 4, "checkpoints": 0, "lora": LORA, **settings}
     arm = DpoArm(name="t", labels="ai", pool="rlaif", **fields)
     folder.mkdir(parents=True, exist_ok=True)
-    policy = load_policy(lineage, arm.lora, 1)
-    reference = reference_logprobs(policy, pairs, CPU, folder / "reference.jsonl")
+    policy = round_for_training(load_policy(lineage, arm.lora, 1), hardware)
+    reference = reference_logprobs(policy, pairs, hardware, folder / "reference.jsonl")
     rows = [with_reference(pair, reference[pair.id], reference[pair.id], arm) for pair in pairs]
     if arm.engine == "trl":
-        trainer = trl_trainer(policy, arm, rows, load_tokenizer(lineage.base), folder, CPU, 1)
+        trainer = trl_trainer(policy, arm, rows, load_tokenizer(lineage.base), folder, hardware, 1)
     else:
-        args = arguments(TrainingArguments, arm, folder, CPU, len(rows), 1, "dpo-t")
-        trainer = DpoTrainer(model=policy, arm=arm, hardware=CPU, train_dataset=rows, args=args)
+        args = arguments(TrainingArguments, arm, folder, hardware, len(rows), 1, "dpo-t")
+        trainer = DpoTrainer(model=policy, arm=arm, hardware=hardware, train_dataset=rows, args=args)
     if at_step is not None:
         trainer.add_callback(AtStep(at_step))
     return policy, rows, train(trainer, folder, "dpo-t", folder / "logs" / "speed.jsonl")

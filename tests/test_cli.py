@@ -159,6 +159,39 @@ def test_a_model_folder_without_a_tokenizer(recipe_file, tmp_path, tiny):
     fails(recipe_file(lambda d: d["model"].update(base=str(model))), tmp_path, "holds no tokenizer")
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("tokenizer_config.json", "{}", "holds no tokenizer"),
+        ("vocab.json", "{}", "holds no tokenizer"),  # its merges.txt is missing
+        ("tokenizer.json", '{"version": "1.0", "mod', "cannot be read"),
+    ],
+)
+def test_half_a_tokenizer_is_none(tmp_path, tiny, file, text, message):
+    from suasion.bases import base_folder
+    from suasion.errors import UserError
+    from suasion.models import load_tokenizer
+
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base_folder(tiny) / name, tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tiny.model_copy(update={"base": str(tmp_path)}))
+
+
+def test_sqlites_full_disk_is_one():
+    import sqlite3
+
+    from suasion.cli import _is_full_disk
+
+    full = sqlite3.connect(":memory:")
+    full.execute("create table t (x)")
+    full.execute("pragma max_page_count = 3")
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        full.execute("insert into t values (zeroblob(100000))")
+    assert _is_full_disk(caught.value)
+
+
 def test_pickled_weights_are_refused(recipe_file, tmp_path, tiny):
     from suasion.bases import base_folder
 

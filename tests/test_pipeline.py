@@ -67,6 +67,11 @@ def test_a_model_that_has_not_learned_to_stop_is_told_so(finished, recipe):
     assert facts["at_limit_first_draw"] == facts["at_limit"] > 0.1  # the tiny recipe draws nothing again
 
 
+def test_what_learned_from_simulated_labels_says_so_beside_its_adapter(finished, recipe):
+    known = {arm.name: directory_of(finished, recipe).manifest(f"dpo-{arm.name}").facts["label_sources"] for arm in recipe.dpo}
+    assert known == {"rlaif": ["ai:ngram"], "rlhf": ["simulated"], "rlaif-rlhf": ["simulated"], "rlaif-matched": ["ai:ngram"]}
+
+
 def test_manifests_hold_no_time_host_or_path(finished):
     for path in finished.glob("*/manifest.json"):
         text = path.read_text()
@@ -272,13 +277,14 @@ def same_results(recipe: Recipe, undisturbed: Path, killed: Path) -> None:
 
 
 def test_a_run_killed_in_every_stage_ends_with_the_same_summary(recipe, tmp_path):
-    small = changed(recipe, sample={"max_new_tokens": 128})
+    small = changed(recipe, sample={"max_new_tokens": 128, "batch_size": 16})  # several batches to be cut between
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_recipe(small))
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(file, undisturbed)
     hit, printed = kill_in_every_stage(small, file, killed)
     heavy = {"sft", "sample", "evaluate", *(f"dpo-{arm.name}" for arm in small.dpo)}
+    assert {"sft", "sample", "evaluate"} <= set(hit), f"only {hit} were killed with work to resume"
     assert len(heavy & set(hit)) >= 5, f"only {hit} were killed with work to resume: too few to prove anything"
     printed += finish(file, killed)
     for name in heavy & set(hit):

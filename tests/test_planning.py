@@ -78,7 +78,8 @@ def test_seconds_are_tokens_over_rates(recipe: Recipe) -> None:
     assert plans["sample"].rows == 2 * 22
     assert plans["sample"].seconds == pytest.approx(22 * 200 / 1000 + 1.1 * 44 * 50 / 100 + load)
     assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif"].steps) == (12, 18)
-    assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-matched"].rows == plans["human-labels"].rows == 10
+    assert plans["human-labels"].rows == 10
+    assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-matched"].rows == 8  # two of ten simulated labels are ties
     assert plans["dpo-rlaif"].seconds == pytest.approx(12 * 300 / 1000 + 3 * 12 * 300 / 500 + 2 * 5 * 300 / 1000 + load)
     assert plans["evaluate"].rows == 6 * 6
     answers, likelihoods = 6 * 200 / 1000 + 1.1 * 6 * 50 / 100 + load, 4 * 300 / 1000
@@ -100,7 +101,7 @@ def test_human_arms_train_on_the_imported_rows(recipe: Recipe) -> None:
     plans = by_stage(stage_plans(recipe, LENGTHS, RATES, rows=32, imported=160))
     assert plans["dpo-rlhf"].rows == plans["dpo-rlaif-rlhf"].rows == plans["human-labels"].rows == 160
     assert plans["dpo-rlhf"].steps == 3 * 80
-    assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif-matched"].rows) == (12, 10)
+    assert (plans["dpo-rlaif"].rows, plans["dpo-rlaif-matched"].rows) == (12, 8)
 
 
 def test_responses_are_no_longer_than_allowed(recipe: Recipe) -> None:

@@ -96,7 +96,9 @@ def test_published_results_hold_no_corpus_text():
     """No 12-word run of any corpus stands in what is published, nor anywhere else in the project's texts."""
     if not DATA.is_dir():
         pytest.skip("needs the research corpora in ../shared/data")
-    texts = {path: plain(path) for path in tracked() if path.suffix in (".md", ".json", ".csv", ".html", ".jsonl", ".ipynb")}
+    texts = {
+        path: plain(path) for path in tracked() if path.suffix in (".md", ".json", ".csv", ".html", ".jsonl", ".ipynb", ".svg")
+    }
     ours = {run: path for path, text in texts.items() for run in word_runs(text)}
     assert len(ours) > 1000
     leaks = {(ours[run].relative_to(REPOSITORY), run) for _, text in corpus_texts() for run in word_runs(text) if run in ours}

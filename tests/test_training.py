@@ -10,14 +10,14 @@ import small_training
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_training import CPU, LORA, interrupt, nonzero_adapter, preference_pairs, run_dpo
+from small_training import CPU, LORA, interrupt, nonzero_adapter, preference_pairs, run_dpo, stir
 from transformers import TrainingArguments
 
 from suasion.errors import UserError
 from suasion.models import Compute, Lineage, load_merged, load_policy, round_for_training, save_adapter
 from suasion.records import Example, Preference, Response, Turn
 from suasion.sections.training import DpoArm, LoraSection, SftSection, optimiser_steps
-from suasion.training.dpo import DpoTrainer, kl_to_start, print_baselines, warn, with_reference
+from suasion.training.dpo import MOVED_KL, DpoTrainer, kl_to_start, print_baselines, warn, with_reference
 from suasion.training.loop import MARK, MetricsFile, arguments, newest_checkpoint, train
 from suasion.training.pairs import Logprobs, PairIds, baselines, pair_ids, score, target
 from suasion.training.reference import cache_file, check_stored_logprobs, reference_logprobs
@@ -195,6 +195,26 @@ def test_kl_is_zero_before_training_and_positive_after(tiny, sft_adapter, tmp_pa
     lineage = Lineage(tiny, (sft_adapter,))
     assert kl_to_start(policy, rows, CPU, 0, lineage) > 1e-6
     assert kl_to_start(load_policy(lineage, LORA, 0), rows, CPU, 0, lineage) == pytest.approx(0, abs=1e-7)
+
+
+def test_kl_to_the_start_is_measured_in_fp32_where_compute_is_bf16(tiny, sft_adapter, tmp_path):
+    """After a training through accelerate's autocast it is what the same weights give in fp32; an adapter that does nothing stays below MOVED_KL."""
+    start, bf16 = Lineage(tiny, (sft_adapter,)), Compute("cpu", "bfloat16", 1)
+    policy, rows, _ = run_dpo(start, tmp_path / "k", preference_pairs(4), hardware=bf16)
+    trained = dict(policy.named_parameters())
+    assert any(weight.dtype == torch.bfloat16 for weight in trained.values())
+    assert "forward" in vars(policy)  # accelerate's
+    copy = load_policy(start, LORA, 1)
+    head = copy.get_base_model().lm_head  # rounded apart from the embeddings that it is tied to
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    copy.load_state_dict({name: weight.float() for name, weight in policy.state_dict().items()})
+    assert kl_to_start(policy, rows, bf16, 0, start) == pytest.approx(kl_to_start(copy, rows, CPU, 0, start), rel=1e-4)
+    assert "forward" in vars(policy)
+    assert not any("forward" in vars(module) for module in policy.modules() if isinstance(module, torch.nn.Linear))
+
+    hardly = round_for_training(load_policy(start, LORA, 0), bf16)
+    stir(hardly, 0, std=1e-4)
+    assert 0 < kl_to_start(hardly, rows, bf16, 0, start) < MOVED_KL / 100
 
 
 def test_the_adapter_start_is_drawn_from_the_seed(tiny):

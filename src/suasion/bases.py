@@ -22,6 +22,12 @@ from suasion.seeding import derive_seed
 BUNDLED = "bundled:smollm2-135m-instruct"
 TINY = "random:tiny"
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # of a model on the hub, beside its weights
+TOKENIZERS = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+)  # any of these sets of files
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -57,9 +63,7 @@ def base_folder(section: ModelSection, weights: bool = True) -> Path:
         raise UserError(f"{folder} holds no config.json: it is not a transformers model folder.")
     if (weights or folder == Path(name)) and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no *.safetensors. Pickled weights are refused; convert them with save_pretrained first.")
-    if not any(
-        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    ):
+    if not any(all((folder / file).is_file() for file in files) for files in TOKENIZERS):
         raise UserError(f"{folder} holds no tokenizer. Save it beside the weights: tokenizer.save_pretrained('{folder.name}').")
     return folder
 

@@ -454,10 +454,11 @@ def _run() -> int:
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """Whether writing failed for want of space. torch, safetensors and tokenizers report it in words of their own."""
+    """Whether writing failed for want of space. torch, safetensors, tokenizers and SQLite report it in words of their own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return "No space left" in str(error) or "PytorchStreamWriter failed" in str(error) or "inline_container" in str(error)
+    words = ("No space left", "PytorchStreamWriter failed", "inline_container", "database or disk is full")
+    return any(said in str(error) for said in words)
 
 
 def _print_error(message: str) -> None:

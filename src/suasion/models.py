@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,10 @@ def has_fast_bfloat16(device: str) -> bool:
 def _tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing more special for a file that it cannot parse
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}. Save it anew beside the weights.") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -228,6 +231,31 @@ def round_for_training(policy: Any, hardware: Compute) -> Any:
     and gradients stay equal bit by bit (tested). A model that is trained whole keeps its fp32 weights.
     """
     return _rounded(policy, hardware, frozen_only=True)
+
+
+@contextmanager
+def in_fp32(model: Any) -> Iterator[None]:
+    """Within it the model computes in fp32 with the weights that it has, rounded ones too: for differences that bf16 would drown.
+
+    Two models a hair apart are 1e-3 nats a token apart in bf16, by rounding alone (docs/benchmarks.md). One layer's weights are converted at
+    a time. Layers in 4 bits compute as they always do.
+    """
+    rounded = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.bfloat16]
+    autocasting = vars(model).pop("forward", None)  # accelerate's, which would turn autocast on again
+    for module in rounded:
+        module.forward = partial(_linear_in_fp32, module)  # type: ignore[method-assign]
+    try:
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for module in rounded:
+            del module.forward
+        if autocasting is not None:
+            model.forward = autocasting
+
+
+def _linear_in_fp32(layer: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(input.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
 def _rounded(model: Any, hardware: Compute, frozen_only: bool) -> Any:

@@ -22,13 +22,14 @@ from rich.table import Table
 from suasion.errors import UserError
 from suasion.evaluation.power import detectable_win_rate
 from suasion.pipeline import refuse_missing_data, stages
+from suasion.preferences import needs_human
 from suasion.progress import duration
 from suasion.recipe import Recipe
 from suasion.records import Example, OutcomePair, RowFile
 from suasion.sections.grading import families
 from suasion.sections.labeling import ImportedLabels
 from suasion.sections.sampling import EndpointEngine
-from suasion.sections.training import TrainingSection, optimiser_steps
+from suasion.sections.training import DpoArm, TrainingSection, optimiser_steps
 
 FEW_STEPS = 20
 NOTHING_FITS = "this corpus cannot fill the pools, with smaller sizes neither: use a larger corpus, or widen corpus.reply_tokens."
@@ -284,7 +285,7 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int, impor
         StagePlan("preferences", prompts, 0, 1),
     ]  # fmt: skip
     for arm in recipe.dpo:
-        pairs = imported if arm.labels == "human" and imported is not None else getattr(recipe.pools, arm.pool)
+        pairs = imported if arm.labels == "human" and imported is not None else decided_pairs(recipe, arm)
         tokens = lengths.context + 2 * response
         seconds = (
             pairs * tokens / rates.prefill
@@ -303,6 +304,13 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int, impor
     )
     plans.append(StagePlan("report", 0, 0, 12))
     return plans
+
+
+def decided_pairs(recipe: Recipe, arm: DpoArm) -> int:
+    """Pairs of its pool that an arm can learn from: where it waits for simulated labels, those that the annotator calls no tie."""
+    pool: int = getattr(recipe.pools, arm.pool)
+    source = recipe.human_labels.source
+    return pool - round(source.tie_share * pool) if source.kind == "simulated" and needs_human(arm) else pool
 
 
 def measure(recipe: Recipe, seconds: float) -> Rates:

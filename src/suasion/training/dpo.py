@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.models import Compute, Lineage, compute, load_tokenizer
+from suasion.models import Compute, Lineage, compute, in_fp32, load_tokenizer
 from suasion.progress import console
 from suasion.records import Preference, read_rows
 from suasion.rundir import StageContext, StageResult
@@ -200,6 +200,7 @@ def run_stage(stage: StageContext) -> StageResult:
             "logprobs_checked": checked,
             "on_policy": sum(preference.on_policy for preference in preferences),
             "off_policy": sum(not preference.on_policy for preference in preferences),
+            "label_sources": sorted({source for preference in preferences for source in preference.sources}),
             "longer_is_chosen": baseline["longer"],
             "finished_is_chosen": baseline["finished"],
             "baseline": baseline["both"],
@@ -233,17 +234,22 @@ def start_lineage(stage: StageContext, model: str) -> Lineage:
 
 @torch.no_grad()
 def kl_to_start(policy: Any, pairs: Sequence[PairIds], hardware: Compute, seed: int, start: Lineage) -> float:
-    """Mean KL(policy || start) a token, exact over the vocabulary, on the responses of a few pairs chosen by id hash."""
+    """Mean KL(policy || start) a token, exact over the vocabulary, on the responses of a few pairs chosen by id hash.
+
+    In fp32 whatever the training computed in: in bf16 the rounding of two equal models is ten times what an arm has to move (`MOVED_KL`).
+    """
     policy.eval()
     chosen = sorted(pairs, key=lambda pair: derive_seed(seed, "kl", pair.id))[:KL_PAIRS]
     adapted = hasattr(policy, "disable_adapter")
     start_model = policy if adapted else scorer_here(start, hardware.device)
+    exact = replace(hardware, dtype="float32")
     values = []
-    for pair in chosen:
-        _, _, packed, logits = score(policy, [pair], hardware)
-        with policy.disable_adapter() if adapted else contextlib.nullcontext(), hardware.autocast():
-            start_logits = reply_logits(start_model, packed)
-        values.append(token_kl(logits, start_logits))
+    with in_fp32(policy):
+        for pair in chosen:
+            _, _, packed, logits = score(policy, [pair], exact)
+            with policy.disable_adapter() if adapted else contextlib.nullcontext():
+                start_logits = reply_logits(start_model, packed)
+            values.append(token_kl(logits, start_logits))
     return float(torch.cat(values).mean())
 
 
