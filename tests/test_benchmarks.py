@@ -240,7 +240,7 @@ def test_predictions_stand_beside_what_a_machine_does(
     from suasion.machines import load_machines
     from suasion.prediction import Shape
 
-    shape = Shape(parameters=200_000, layers=2, width=32, inner=48, vocabulary=2_500, cache_width=32, tables=2)
+    shape = Shape(parameters=280_000, layers=2, width=32, inner=48, vocabulary=4_500, cache_width=32, tables=2)
     options = (
         "model.max_length=320",
         "corpus.context_tokens=96",

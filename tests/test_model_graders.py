@@ -122,7 +122,8 @@ def test_what_does_not_fit_has_no_verdict_and_its_neighbours_have_one(taught, mo
         Comparison("a view", "word " * 200, ""),
     ]
     judged = grader.grade(items)
-    assert [(one.label, one.p_a is None) for one in judged] == [("none", True), ("a", False), ("a", False)]
+    assert [(one.label == "none", one.p_a is None) for one in judged] == [(True, True), (False, False), (False, False)]
+    assert judged[2].label == "a"  # an empty reply loses
     assert "do not fit" in judged[0].reason
     monkeypatch.setattr(grader, "length_slope", 0.0)
     monkeypatch.setattr(grader, "fingerprint", "")

@@ -69,7 +69,7 @@ def test_gradients_are_equal_bit_by_bit_and_less_is_kept(lineage, dtype):
     assert any(value.abs().max() > 0 for value in gradients.values())
     for name, value in gradients.items():
         assert torch.equal(value, regained[name]), name
-    assert less < 0.8 * kept  # most of it is the head's: two layers of 32, and a vocabulary of 2,000
+    assert less < 0.9 * kept  # most of it is the head's: two layers of 32, and a vocabulary of 4,000
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora": None, "learning_rate": 1e-3}, {"engine": "trl"}], ids=["lora", "whole", "trl"])

@@ -728,7 +728,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     load_tokenizer(tiny).save_pretrained(tmp_path / "base")
     section = tiny.model_copy(update={"base": str(tmp_path / "base")})
-    with pytest.raises(UserError, match=r"has 2000 tokens but .* embeds 50: they do not belong together"):
+    with pytest.raises(UserError, match=r"has 4000 tokens but .* embeds 50: they do not belong together"):
         load_policy(Lineage(section), LORA, 0)
 
 
