@@ -118,12 +118,11 @@ def test_what_does_not_fit_has_no_verdict_and_its_neighbours_have_one(taught, mo
     monkeypatch.setattr(grader.model, "longest", 120)
     items = [
         Comparison("a view", "because " * 200, "maybe"),
-        Comparison("a view", "because it is", "maybe"),
+        Comparison("a view", "we are not so because", "we are not so maybe"),
         Comparison("a view", "word " * 200, ""),
     ]
     judged = grader.grade(items)
-    assert [(one.label == "none", one.p_a is None) for one in judged] == [(True, True), (False, False), (False, False)]
-    assert judged[2].label == "a"  # an empty reply loses
+    assert [(one.label, one.p_a is None) for one in judged] == [("none", True), ("a", False), ("a", False)]
     assert "do not fit" in judged[0].reason
     monkeypatch.setattr(grader, "length_slope", 0.0)
     monkeypatch.setattr(grader, "fingerprint", "")

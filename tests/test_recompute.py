@@ -46,6 +46,7 @@ def layers(monkeypatch) -> list[int]:
 def test_gradients_are_equal_bit_by_bit_and_less_is_kept(lineage, dtype):
     """Of a packed row of several pairs that share their prompts, with dropout on; log-probs too."""
     found = []
+    longer = [replace(pair, prompt=pair.prompt * 3) for pair in preference_pairs(5)]  # the head is applied to replies alone
     for recompute in (False, True):
         hardware = replace(CPU, dtype=dtype)
         policy = round_for_training(load_policy(lineage, LoraSection(r=4, dropout=0.2), 0), hardware).train()
@@ -59,7 +60,7 @@ def test_gradients_are_equal_bit_by_bit_and_less_is_kept(lineage, dtype):
 
         torch.manual_seed(3)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            sums = score(policy, preference_pairs(5), hardware)[0]
+            sums = score(policy, longer, hardware)[0]
         (sums[:, 0] - sums[:, 1]).pow(2).sum().backward()
         gradients = {name: value.grad for name, value in policy.named_parameters() if value.grad is not None}
         found.append((sums.detach(), gradients, sum(kept)))
@@ -69,7 +70,7 @@ def test_gradients_are_equal_bit_by_bit_and_less_is_kept(lineage, dtype):
     assert any(value.abs().max() > 0 for value in gradients.values())
     for name, value in gradients.items():
         assert torch.equal(value, regained[name]), name
-    assert less < 0.9 * kept  # most of it is the head's: two layers of 32, and a vocabulary of 4,000
+    assert less < 0.8 * kept  # the head's stays: two layers of 32, and a vocabulary of 4,000
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora": None, "learning_rate": 1e-3}, {"engine": "trl"}], ids=["lora", "whole", "trl"])

@@ -22,12 +22,8 @@ from suasion.seeding import derive_seed
 BUNDLED = "bundled:smollm2-135m-instruct"
 TINY = "random:tiny"
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # of a model on the hub, beside its weights
-TOKENIZERS = (
-    ("tokenizer.json",),
-    ("tokenizer.model",),
-    ("vocab.json", "merges.txt"),
-    ("vocab.txt",),
-)  # any of these sets of files
+# Any of these sets of files is a tokenizer.
+TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

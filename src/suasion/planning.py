@@ -310,7 +310,7 @@ def decided_pairs(recipe: Recipe, arm: DpoArm) -> int:
     """Pairs of its pool that an arm can learn from: where it waits for simulated labels, those that the annotator calls no tie."""
     pool: int = getattr(recipe.pools, arm.pool)
     source = recipe.human_labels.source
-    return pool - round(source.tie_share * pool) if source.kind == "simulated" and needs_human(arm) else pool
+    return pool - source.ties(pool) if source.kind == "simulated" and needs_human(arm) else pool
 
 
 def measure(recipe: Recipe, seconds: float) -> Rates:

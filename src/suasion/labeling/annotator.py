@@ -92,7 +92,7 @@ def annotate(
         shown.append(order)
     closest = sorted(range(len(pairs)), key=lambda i: (abs(margins[i]), pairs[i].pair.id))
     tied = identical.copy()
-    tied[closest[: round(settings.tie_share * len(pairs))]] = True
+    tied[closest[: settings.ties(len(pairs))]] = True
     verdicts = []
     for item, order, margin, tie in zip(pairs, shown, margins, tied, strict=True):
         label: Label = "tie" if tie else "a" if (margin > 0) == (order == "ab") else "b"

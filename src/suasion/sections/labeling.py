@@ -17,6 +17,10 @@ class SimulatedAnnotator(Section):
     side_bias: float = Field(0.1, description="Added to the left response's score.")
     tie_share: float = Field(0.15, ge=0, lt=1, description="Share of pairs too close to call, as in published labels.")
 
+    def ties(self, pairs: int) -> int:
+        """How many of so many pairs it calls ties, beside those of identical texts."""
+        return round(self.tie_share * pairs)
+
 
 class ImportedLabels(Section):
     """Human labels from a file; responses of other models are off-policy and marked so."""
