@@ -76,7 +76,7 @@ def run_dpo(lineage: Lineage, folder: Path, pairs: list[PairIds], at_step: Any =
     fields = {"learning_rate": 5e-3, "epochs": 3.0, "batch_size": 4, "checkpoints": 0, "lora": LORA, **settings}
     arm = DpoArm(name="t", labels="ai", pool="rlaif", **fields)
     folder.mkdir(parents=True, exist_ok=True)
-    policy = round_for_training(load_policy(lineage, arm.lora, 1), hardware)
+    policy = round_for_training(load_policy(lineage, arm.lora, 1, hardware.device), hardware)
     reference = reference_logprobs(policy, pairs, hardware, folder / "reference.jsonl")
     rows = [with_reference(pair, reference[pair.id], reference[pair.id], arm) for pair in pairs]
     if arm.engine == "trl":

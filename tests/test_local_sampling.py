@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chisquare
+from scipy.stats import chisquare, gumbel_r
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 from suasion.few_rows import FewRowsLinear
@@ -16,10 +16,11 @@ from suasion.sampling import local
 from suasion.sampling.cache import ReservedLayer, closing_moves, keep_rows, reserve
 from suasion.sampling.draws import Draw
 from suasion.sampling.local import choose, decode, penalise, plan_batches
+from suasion.sampling.noise import gumbel
 from suasion.sampling.respond import Journal, at_limit, flags, longest_copy, repeated_share
 from suasion.sections.sampling import SampleSection
 from suasion.sections.training import LoraSection
-from suasion.seeding import derive_seed, gumbel
+from suasion.seeding import derive_seed
 from suasion.training.losses import LOGPROB_TOLERANCE
 
 CPU = Compute("cpu", "float32", 2)
@@ -394,11 +395,28 @@ def test_a_flat_distribution_falls_back_to_the_full_sort():
 
 def test_noise_belongs_to_the_token_not_to_its_place():
     seeds = np.array([5, 6], dtype=np.uint64)
-    straight = gumbel(seeds, 2, np.array([[1, 2, 3], [1, 2, 3]]))
-    assert (
-        gumbel(seeds, 2, np.array([[3, 1], [2, 3]])) == [[straight[0, 2], straight[0, 0]], [straight[1, 1], straight[1, 2]]]
-    ).all()
-    assert not np.intersect1d(straight, gumbel(seeds, 3, np.array([[1, 2, 3], [1, 2, 3]]))).size
+    straight = gumbel(seeds, 2, torch.tensor([[1, 2, 3], [1, 2, 3]]))
+    moved = gumbel(seeds, 2, torch.tensor([[3, 1], [2, 3]]))
+    assert moved.tolist() == [[straight[0, 2], straight[0, 0]], [straight[1, 1], straight[1, 2]]]
+    assert not np.intersect1d(straight, gumbel(seeds, 3, torch.tensor([[1, 2, 3], [1, 2, 3]]))).size
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**20), st.integers(0, 2**20))
+def test_noise_is_the_published_hash_on_whole_numbers(seed, position, token):
+    """SplitMix64's finaliser in Python's own integers, and the library's Gumbel distribution."""
+
+    def mixed(x):
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    golden = 0x9E3779B97F4A7C15
+    bits = mixed((mixed((seed + (position + 1) * golden) % 2**64) + (token + 1) * golden) % 2**64)
+    expected = gumbel_r.ppf(((bits >> 11) + 0.5) * 2.0**-53)
+    for many in (position, np.array([position])):
+        noise = gumbel(np.array([seed], dtype=np.uint64), many, torch.tensor([[token]]))
+        assert noise.dtype == torch.float64
+        assert noise.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_penalty_lowers_tokens_already_said_in_their_row_only():

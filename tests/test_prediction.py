@@ -38,7 +38,7 @@ SHAPE = Shape(parameters=1000, layers=2, width=8, inner=16, vocabulary=50, cache
 HALF_BILLION = Shape(494_032_768, 24, 896, 4864, 151_936, 256)
 LENGTHS = Lengths(context=30.0, reply=10.0)
 MACHINE = Machine(vcpus=4, host_gib=16, gpus=1, gpu=Gpu(name="X", tflops=1e-6, gbps=1e-3, gib=24), price=2.0)
-SHARES = Shares(train=0.5, prefill=0.25, decode=0.1, layer_seconds=0.0, source="by hand")
+SHARES = Shares(train=0.5, prefill=0.25, decode=0.1, layer_seconds=0.0, trained_layer_seconds=0.0, source="by hand")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,13 @@ def test_rates_by_hand() -> None:
     assert rates.decode == pytest.approx(4 / step)
     slow = rates_of(SHAPE, LENGTHS, 4, MACHINE, replace(SHARES, layer_seconds=1.0))
     assert slow.decode == pytest.approx(4 / 2.0)
+    assert slow.prefill == pytest.approx(50 / 2.0)  # a pair of 30 + 2 x 10 tokens a pass
+    assert slow.train == rates.train
+    slow = rates_of(SHAPE, LENGTHS, 4, MACHINE, replace(SHARES, trained_layer_seconds=3.0), micro_batch=120)
+    assert slow.train == pytest.approx(100 / 6.0)  # two pairs a pass
+    assert slow.prefill == rates.prefill
+    longer = rates_of(SHAPE, LENGTHS, 4, MACHINE, replace(SHARES, trained_layer_seconds=3.0), micro_batch=40)
+    assert longer.train == pytest.approx(50 / 6.0)  # a longer row stands alone
     whole = rates_of(SHAPE, LENGTHS, 4, MACHINE, SHARES, number_bytes=4)
     assert whole.decode == pytest.approx(rates.decode / 2)
     untied = rates_of(replace(SHAPE, tables=2), LENGTHS, 4, MACHINE, SHARES)  # 50 x 8 embeddings are looked up, not read

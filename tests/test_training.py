@@ -675,7 +675,8 @@ def test_where_flex_attention_cannot_train_sdpa_stays(tiny, dtype):
 
 
 def test_flex_attention_computes_in_autocasts_type(tiny, monkeypatch):
-    """Queries and keys leave the rotation in fp32 although compute is bf16; SDPA rounds them by itself, FlexAttention does not."""
+    """Queries and keys leave the rotation in fp32 although compute is bf16; SDPA rounds them by itself, FlexAttention does not. And in the kernel
+    that takes short rows of grouped queries too, which torch's own choice does not (test_gpu.py)."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     from suasion.training import attention
@@ -684,6 +685,7 @@ def test_flex_attention_computes_in_autocasts_type(tiny, monkeypatch):
 
     def watch(query, key, value, *args, **kwargs):
         seen.append((query.dtype, key.dtype, value.dtype))
+        assert kwargs["kernel_options"]["BACKEND"] == "TRITON"
         raise RuntimeError("seen enough")
 
     from transformers.integrations import flex_attention as theirs

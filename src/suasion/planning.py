@@ -322,6 +322,7 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     from suasion.sampling.local import decode, memory_needed
     from suasion.training.loop import policy_of
     from suasion.training.prefix import pack, reply_logits, sum_logprobs
+    from suasion.training.steps import token_budget
 
     hardware = compute(recipe.model)
     policy = policy_of(Lineage(recipe.model), recipe.sft.lora, recipe.seed, hardware)
@@ -349,9 +350,11 @@ def measure(recipe: Recipe, seconds: float) -> Rates:
     usual = rows(1, context, 64)
     tokens = usual.input_ids.shape[1]
     policy.eval()
-    prefill = tokens / _seconds_each(lambda: forward(usual), seconds * 0.25)
+    prefill = tokens / _seconds_each(lambda: forward(usual), seconds * 0.25)  # references read a pair a pass
     policy.train()
-    train = tokens / _seconds_each(lambda: step(usual), seconds * 0.35)
+    together = max(1, min(recipe.sft.batch_size, token_budget(recipe.sft, hardware) // tokens))
+    several = rows(together, context, 64)  # trainings as many as fit into a micro-batch
+    train = together * tokens / _seconds_each(lambda: step(several), seconds * 0.35)
     train_bytes = _peak(lambda: step(rows(*longest_rows(recipe, hardware))), hardware.device)
     policy.zero_grad()
     model = as_it_samples(policy, hardware)

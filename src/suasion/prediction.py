@@ -68,14 +68,16 @@ class Sizes:
 class Shares:
     """Which share of a machine's peaks software reaches: FLOPs in training and reading, bandwidth in writing.
 
-    layer_seconds: the least time a layer takes while writing, whatever its size: starting its kernels from Python.
+    layer_seconds: the least time that a layer takes to read a pair or to write a token, whatever its size: starting its kernels from Python.
+    trained_layer_seconds: the same there and back. Both were measured in bf16 on an H100 (docs/benchmarks.md), whose 0.5B model waits for them.
     """
 
     train: float = 0.30
     prefill: float = 0.40
     decode: float = 0.50
-    layer_seconds: float = 1.0e-3
-    source: str = "assumed: 30% of the peak in training, 40% in reading, 50% of the bandwidth in writing, 1 ms a layer and token"
+    layer_seconds: float = 2.5e-3
+    trained_layer_seconds: float = 7.0e-3
+    source: str = "assumed: 30% of the peak in training, 40% in reading, 50% of the bandwidth in writing; a layer takes at least 2.5 ms, 7 ms in training"
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,21 @@ def flops_a_token(shape: Shape, positions: float, trained: bool) -> float:
 
 
 def rates_of(
-    shape: Shape, lengths: Lengths, batch: int, machine: Machine, shares: Shares, number_bytes: int = ROUNDED_BYTES
+    shape: Shape,
+    lengths: Lengths,
+    batch: int,
+    machine: Machine,
+    shares: Shares,
+    number_bytes: int = ROUNDED_BYTES,
+    micro_batch: int = GPU_TOKENS,
 ) -> Rates:
-    """Tokens a second of one GPU of the machine. number_bytes: of a weight and of a number of the cache while writing."""
+    """Tokens a second of one GPU of the machine, which reads a pair and trains `micro_batch` tokens in one pass.
+
+    number_bytes: of a weight and of a number of the cache while writing.
+    """
     peak, bandwidth = machine.gpu.tflops * 1e12, machine.gpu.gbps * 1e9
+    pair = lengths.context + 2 * lengths.reply
+    trained = max(1, micro_batch // pair) * pair
     positions = (lengths.context + lengths.reply) / 2
     cached = (lengths.context + lengths.reply / 2) * shape.layers * shape.cache_width
     looked_up = (shape.tables - 1) * shape.vocabulary * shape.width  # embeddings that are no head: a row a token
@@ -158,18 +171,20 @@ def rates_of(
         number_bytes * (shape.parameters - looked_up + batch * cached) / (bandwidth * shares.decode),
         shape.layers * shares.layer_seconds,
     )
+    reading = pair * flops_a_token(shape, positions, trained=False) / (peak * shares.prefill)
+    training = trained * flops_a_token(shape, positions, trained=True) / (peak * shares.train)
     return Rates(
-        prefill=peak * shares.prefill / flops_a_token(shape, positions, trained=False),
+        prefill=pair / max(reading, shape.layers * shares.layer_seconds),
         decode=batch / step,
-        train=peak * shares.train / flops_a_token(shape, positions, trained=True),
+        train=trained / max(training, shape.layers * shares.trained_layer_seconds),
     )
 
 
 def measured_shares(rates: Rates, shape: Shape, lengths: Lengths, batch: int, machine: Machine, name: str) -> Shares:
     """The shares of the peaks that were reached on a machine of the table, from rates measured there."""
-    full = rates_of(shape, lengths, batch, machine, Shares(1.0, 1.0, 1.0, 0.0, ""))
+    full = rates_of(shape, lengths, batch, machine, Shares(1.0, 1.0, 1.0, 0.0, 0.0, ""))
     return Shares(
-        rates.train / full.train, rates.prefill / full.prefill, rates.decode / full.decode, 0.0, f"measured here, on {name}"
+        rates.train / full.train, rates.prefill / full.prefill, rates.decode / full.decode, 0.0, 0.0, f"measured here, on {name}"
     )  # fmt: skip
 
 
@@ -278,7 +293,8 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
     shape, lengths = sizes.shape, sizes.lengths
     count, machines = recipe.processes.count, recipe.processes.machines
     number_bytes = WEIGHT_BYTES if recipe.model.dtype == "float32" else ROUNDED_BYTES
-    rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares, number_bytes)
+    micro_batch = recipe.sft.micro_batch_tokens or GPU_TOKENS
+    rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares, number_bytes, micro_batch)
     spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines)
     memory = gpu_memory(recipe, shape, count * machines)
     host = host_memory(recipe, shape)

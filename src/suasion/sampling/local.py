@@ -22,8 +22,8 @@ from suasion.memory import OUT_OF_MEMORY, free_memory, is_out_of_memory
 from suasion.models import Compute
 from suasion.progress import console
 from suasion.sampling.draws import Deliver, Draw, Drawn, Ended, draw_seed, nobody
+from suasion.sampling.noise import gumbel
 from suasion.sections.sampling import ContinuousEngine, SampleSection
-from suasion.seeding import gumbel
 
 MEMORY_SHARE = 0.9  # of the free memory, for one batch
 QUEUE = 8  # batches that stand in one queue where places are taken again
@@ -388,8 +388,7 @@ def _choose_among(
     if min_p:  # or once the last of them is too unlikely anyway
         outside |= probabilities < min_p * probabilities[:, :1]
         enough |= probabilities[:, -1] < min_p * probabilities[:, 0]
-    noise = torch.from_numpy(gumbel(seeds, position, tokens.cpu().numpy())).to(logits.device)
-    best = (values.double() + noise).masked_fill(outside, -torch.inf).argmax(dim=1)
+    best = (values.double() + gumbel(seeds, position, tokens)).masked_fill(outside, -torch.inf).argmax(dim=1)
     return tokens.gather(1, best[:, None])[:, 0], enough
 
 

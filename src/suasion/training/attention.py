@@ -19,7 +19,13 @@ from suasion.sections.training import ModelSection
 from suasion.training.prefix import BY_GROUP, attention_name, pack
 
 FLEX = "suasion_flex"  # its name in transformers' table; prefix.py makes its masks
-TRIED_LENGTHS = (70, 150)  # of a prompt; two, because the second length is compiled otherwise than the first
+TRIED_LENGTHS = (
+    10,
+    70,
+    150,
+)  # of a prompt; several, because the second length is compiled otherwise than the first, and a short row differs
+# Left to itself torch (2.13) takes a decoding kernel for rows under 128 tokens, which has no block for grouped queries past 128 / group size.
+ONE_KERNEL = {"BACKEND": "TRITON"}
 DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative; a wrong mask differs by more than half
 
 
@@ -31,7 +37,7 @@ def flex_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: t
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
-    return flex_attention_forward(module, query, key, value, mask, **kwargs)
+    return flex_attention_forward(module, query, key, value, mask, kernel_options=ONE_KERNEL, **kwargs)
 
 
 def by_group_attention(
