@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from suasion.errors import UserError
 from suasion.evaluation.stage import judge_agreement, labeller_agreement
-from suasion.grading import base, build, canaries, embedding, features, measure, pairs, stage
+from suasion.grading import base, build, canaries, embedding, features, linear, measure, pairs, stage
 from suasion.grading.base import BASELINES, COIN, FIRST_POSITION, LONGER_WINS, BradleyTerryGrader, Comparison, Judgement
 from suasion.grading.files import load_grader
 from suasion.grading.pairs import TrainingPair, sampled_pairs
@@ -80,8 +80,13 @@ def ngram_spec(**fields) -> sections.NgramGrader:
     return sections.NgramGrader(kind="ngram", train=TRAIN, **fields)
 
 
+def readable_spec(**fields) -> sections.ReadableGrader:
+    return sections.ReadableGrader(kind="readable", train=TRAIN, **fields)
+
+
 SPECS = {
     "embedding": embedding_spec(),
+    "readable": readable_spec(),
     "length": embedding_spec(residualise_length=False, embedding_weight=0.0),
     "ngram": ngram_spec(),
 }
@@ -198,7 +203,8 @@ def test_trained_graders_learn_on_held_out_groups(name, fake_embedder):
     json.dumps(result.as_facts(), allow_nan=False)
 
 
-def test_a_grader_without_length_does_not_follow_length(fake_embedder):
+@pytest.mark.parametrize("made_of", [embedding_spec, readable_spec])
+def test_a_grader_without_length_does_not_follow_length(made_of, fake_embedder):
     """Winners are simply longer and otherwise random: without residuals length is learned, with residuals it is not."""
     random = np.random.default_rng(0)
     words = [f"word{i}" for i in range(300)]
@@ -208,14 +214,15 @@ def test_a_grader_without_length_does_not_follow_length(fake_embedder):
 
     made = [TrainingPair("view", text(40 + i % 20), text(15 + i % 20), f"g{i}") for i in range(80)]
     fresh = [Comparison("view", text(60), text(20)) for _ in range(60)]
-    plain = base.train_grader(embedding_spec(residualise_length=False), made, 0)
-    neutral = base.train_grader(embedding_spec(), made, 0)
+    plain = base.train_grader(made_of(residualise_length=False), made, 0)
+    neutral = base.train_grader(made_of(), made, 0)
     assert np.mean([one.label == "a" for one in plain.grade(fresh)]) > 0.95
-    assert neutral.weights[embedding.LENGTH] == 0.0
+    assert neutral.fit.weights[linear.LENGTH] == 0.0
     assert "log_words" not in neutral.largest_weights(50)
     before = neutral.fingerprint
-    neutral.neutralise_length(fresh)
+    assert build.neutralise_length(made_of(), neutral, fresh) == {neutral.kind: neutral.length_slope}
     assert neutral.fingerprint != before
+    assert build.neutralise_length(made_of(residualise_length=False), plain, fresh) == {}
     strengths = neutral._each([(item.context, reply) for item in fresh for reply in (item.a, item.b)])
     margins = np.array([strengths["view", item.a] - strengths["view", item.b] for item in fresh])
     lengths = np.array([base._log_words(item.a) - base._log_words(item.b) for item in fresh])
@@ -295,6 +302,23 @@ def test_interplay_by_hand_and_only_where_it_is_asked_for(fake_embedder):
     every = base.train_grader(embedding_spec(interplay="all"), training_pairs(), 0)
     assert not features.INTERPLAY & some.largest_weights(50).keys()
     assert features.INTERPLAY & every.largest_weights(50).keys()
+
+
+def test_readable_features_alone_need_no_embeddings_and_are_those_of_the_embedding_grader(monkeypatch):
+    monkeypatch.setattr(embedding, "embedder", lambda: pytest.fail("an embedding was asked for"))
+    rows = training_pairs()
+    grader = base.train_grader(readable_spec(), rows, 0)
+    fit = linear.fit_differences(
+        np.stack([features.readable(p.context, p.winner) - features.readable(p.context, p.loser) for p in rows]),
+        linear.weighed(features.NAMES, "content"), 30.0, True,
+    )  # fmt: skip
+    items = [Comparison(pair.context, pair.winner, pair.loser) for pair in rows]
+    margins = fit.margins(np.stack([features.readable(c.context, c.a) - features.readable(c.context, c.b) for c in items]))
+    assert [one.p_a for one in grader.grade(items)] == pytest.approx(1 / (1 + np.exp(-margins)), abs=1e-5)
+    assert grader.largest_weights(50).keys() <= set(features.NAMES) - features.INTERPLAY - {"log_words"}
+    assert features.INTERPLAY & base.train_grader(readable_spec(interplay="all"), rows, 0).largest_weights(50).keys()
+    assert sections.families(embedding_spec()) & sections.families(readable_spec())  # they may not judge one another
+    assert not sections.families(ngram_spec()) & sections.families(readable_spec())
 
 
 def test_tuning_sees_training_pairs_only_and_finds_that_noise_wants_no_embeddings(fake_embedder):

@@ -57,7 +57,9 @@ def measure_texts(
     """Everything that `style` cannot measure from the text alone. Raises UserError for broken oracle texts."""
     said = {name: {key: row.text for key, row in rows.items()} for name, rows in responses.items()}
     said[HUMAN] = {example.prompt().id: example.reply for example in prompts if example.reply}
-    per_response = {"human_similarity": similarity(said, said[HUMAN], HUMAN)}
+    per_response = {}
+    if recipe.evaluate.human_similarity:
+        per_response["human_similarity"] = similarity(said, said[HUMAN], HUMAN)
     if recipe.evaluate.oracle is not None:
         per_response["oracle_similarity"] = similarity(said, read_oracle(Path(recipe.evaluate.oracle.path), prompts), "")
     settings = recipe.evaluate

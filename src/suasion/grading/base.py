@@ -219,6 +219,10 @@ def train_grader(spec: sections.TrainedGrader, pairs: Sequence[TrainingPair], se
         from suasion.grading.embedding import EmbeddingBradleyTerry
 
         return EmbeddingBradleyTerry(spec, pairs, fingerprint)
+    if spec.kind == "readable":
+        from suasion.grading.readable import ReadableBradleyTerry
+
+        return ReadableBradleyTerry(spec, pairs, fingerprint)
     from suasion.grading.ngram import NgramBradleyTerry
 
     return NgramBradleyTerry(spec, pairs, fingerprint)

@@ -82,8 +82,8 @@ def neutralise_length(spec: sections.AnyGrader, grader: Grader, items: Sequence[
         parts = [(one.name, member, one.grader) for member, one in zip(spec.members, grader.members, strict=True)]
     slopes = {}
     for name, section, part in parts:
-        if isinstance(section, sections.EmbeddingGrader) and section.residualise_length:
-            assert isinstance(part, BradleyTerryGrader), "an embedding grader is a Bradley-Terry grader"
+        if isinstance(section, sections.EmbeddingGrader | sections.ReadableGrader) and section.residualise_length:
+            assert isinstance(part, BradleyTerryGrader), "both are Bradley-Terry graders"
             part.neutralise_length(items)
             slopes[name] = part.length_slope
     return slopes

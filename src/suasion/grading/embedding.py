@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from suasion.grading.base import BradleyTerryGrader, fit_bradley_terry
-from suasion.grading.features import INTERPLAY, NAMES, readable
+from suasion.grading.base import BradleyTerryGrader
+from suasion.grading.features import NAMES
+from suasion.grading.linear import Fit, fit_differences, weighed
 from suasion.grading.measure import fold_assignment
+from suasion.grading.readable import featurise as readable_features
 from suasion.progress import progress
 from suasion.sections.grading import EmbeddingGrader
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from suasion.grading.pairs import TrainingPair
 
 READABLE = (*NAMES, "cosine_to_context")
-LENGTH = READABLE.index("log_words")
 BATCH = 8  # of 60 to 250 word pieces each: their activations stay near the caches
 CHUNK = 256  # texts between two signs of progress
 
@@ -70,50 +70,18 @@ def embedder() -> Embedder:
 def featurise(contexts: Sequence[str], replies: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(readable [n, len(READABLE)], embeddings [n, 384]) of replies in their contexts."""
     own, said = embedder()(replies), embedder()(contexts)
-    plain = np.stack([readable(context, reply) for context, reply in zip(contexts, replies, strict=True)])
-    return np.column_stack([plain, np.sum(own * said, axis=1)]), own
-
-
-def length_slopes(differences: np.ndarray, log_length: np.ndarray) -> np.ndarray:
-    """[k] least-squares slopes, without intercept, of each difference [n, k] on the difference in log length [n]."""
-    power = float(log_length @ log_length)
-    return differences.T @ log_length / power if power > 0 else np.zeros(differences.shape[1])
-
-
-def scales(differences: np.ndarray) -> np.ndarray:
-    """[k] root mean squares of differences [n, k]. Nothing is centred: a centred difference would favour one position."""
-    rms = np.sqrt(np.mean(differences**2, axis=0))
-    return np.where(rms > 1e-12, rms, 1.0)
+    return np.column_stack([readable_features(contexts, replies), np.sum(own * said, axis=1)]), own
 
 
 GRID = tuple((ridge, weight) for ridge in (30.0, 100.0, 300.0, 1000.0) for weight in (0.0, 0.1, 0.2, 0.3))
 TUNING_FOLDS = 5
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A linear strength: weights . factors (features - slopes * log words)."""
-
-    slopes: np.ndarray
-    factors: np.ndarray
-    weights: np.ndarray
-
-    def margins(self, features: np.ndarray) -> np.ndarray:
-        """[n] strengths of features [n, k], or margins of their differences: the two are the same function."""
-        return np.asarray(((features - np.outer(features[:, LENGTH], self.slopes)) * self.factors) @ self.weights)
-
-
-def fit_differences(difference: np.ndarray, spec: EmbeddingGrader, ridge: float, embedding_weight: float) -> Fit:
+def fit(difference: np.ndarray, spec: EmbeddingGrader, ridge: float, embedding_weight: float) -> Fit:
     """Fit on differences winner - loser [n, readable + embedding]."""
-    log_length = difference[:, LENGTH].copy()
-    slopes = length_slopes(difference, log_length) if spec.residualise_length else np.zeros(difference.shape[1])
-    rest = difference - np.outer(log_length, slopes)
     block = np.full(difference.shape[1], embedding_weight)
-    block[: len(READABLE)] = [float(spec.interplay == "all" or name not in INTERPLAY) for name in READABLE]
-    if spec.residualise_length:
-        block[LENGTH] = 0.0  # its residual is rounding error, which standardising would blow up
-    factors = block / scales(rest)
-    return Fit(slopes, factors, fit_bradley_terry(rest * factors, ridge))
+    block[: len(READABLE)] = weighed(READABLE, spec.interplay)
+    return fit_differences(difference, block, ridge, spec.residualise_length)
 
 
 def tuned(difference: np.ndarray, groups: Sequence[str], spec: EmbeddingGrader) -> tuple[float, float]:
@@ -127,8 +95,8 @@ def tuned(difference: np.ndarray, groups: Sequence[str], spec: EmbeddingGrader) 
     loss = dict.fromkeys(GRID, 0.0)
     for fold in range(fold_of.max() + 1):
         for ridge, weight in GRID:
-            fit = fit_differences(difference[fold_of != fold], spec, ridge, weight)
-            loss[ridge, weight] += float(np.logaddexp(0.0, -fit.margins(difference[fold_of == fold])).sum())
+            fitted = fit(difference[fold_of != fold], spec, ridge, weight)
+            loss[ridge, weight] += float(np.logaddexp(0.0, -fitted.margins(difference[fold_of == fold])).sum())
     return min(GRID, key=lambda setting: round(loss[setting], 6))
 
 
@@ -145,7 +113,7 @@ class EmbeddingBradleyTerry(BradleyTerryGrader):
         self.settings = (
             tuned(difference, [pair.group for pair in pairs], spec) if spec.tune else (spec.ridge, spec.embedding_weight)
         )
-        self.fit = fit_differences(difference, spec, *self.settings)
+        self.fit = fit(difference, spec, *self.settings)
 
     @property
     def weights(self) -> np.ndarray:
@@ -159,5 +127,4 @@ class EmbeddingBradleyTerry(BradleyTerryGrader):
 
     def largest_weights(self, count: int) -> dict[str, float]:
         """Readable features only; embedding dimensions have no names."""
-        named = {name: round(float(weight), 4) for name, weight in zip(READABLE, self.weights, strict=False) if weight}
-        return dict(sorted(named.items(), key=lambda item: (-abs(item[1]), item[0]))[:count])
+        return self.fit.largest_weights(READABLE, count)

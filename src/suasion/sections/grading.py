@@ -27,6 +27,19 @@ class PairData(Section):
         return self
 
 
+class ReadableGrader(Section):
+    """Readable features alone; Bradley-Terry logistic regression on their difference."""
+
+    kind: Literal["readable"] = Field(description="Readable features.")
+    train: PairData = Field(description="What it learns from.")
+    ridge: float = Field(30.0, gt=0, description="Strength of the L2 penalty, on standardised features.")
+    interplay: Literal["content", "all"] = Field("content", description="Overlap of reply and context, as of `embedding`.")
+    residualise_length: bool = Field(
+        True, description="Remove from every feature what log length predicts of it, so that length itself cannot win."
+    )
+    tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")
+
+
 class EmbeddingGrader(Section):
     """Sentence embeddings and readable features; Bradley-Terry logistic regression on their difference."""
 
@@ -168,7 +181,7 @@ class LlmGrader(Section):
         return self
 
 
-Member = Annotated[EmbeddingGrader | NgramGrader | RewardGrader | LlmGrader, Field(discriminator="kind")]
+Member = Annotated[EmbeddingGrader | ReadableGrader | NgramGrader | RewardGrader | LlmGrader, Field(discriminator="kind")]
 
 
 class PanelGrader(Section):
@@ -180,10 +193,10 @@ class PanelGrader(Section):
     tie_margin: float = Field(0.0, ge=0, lt=0.5, description="Probabilities within this distance of .5 are ties.")
 
 
-TrainedGrader = EmbeddingGrader | NgramGrader | RewardGrader
+TrainedGrader = EmbeddingGrader | ReadableGrader | NgramGrader | RewardGrader
 AnyGrader = TrainedGrader | LlmGrader | PanelGrader
 Grader = Annotated[AnyGrader, Field(discriminator="kind")]
-KINDS = ("embedding", "ngram", "reward", "llm", "panel")
+KINDS = ("embedding", "readable", "ngram", "reward", "llm", "panel")
 
 
 def learns_from(grader: AnyGrader) -> PairData | None:
@@ -234,6 +247,8 @@ def families(grader: AnyGrader) -> frozenset[str]:
         return frozenset(name for member in grader.members for name in families(member))
     if isinstance(grader, LlmGrader):
         return frozenset({f"llm {grader.model}"})
+    if isinstance(grader, EmbeddingGrader):
+        return frozenset({"embedding", "readable"})  # it has all features of the other
     return frozenset({grader.kind})
 
 
@@ -289,6 +304,9 @@ class EvaluateSection(Section):
     )
     strategies: StrategyCorpus | None = Field(
         StrategyCorpus(), description="What the classifier of persuasion strategies learns from; null: no strategies."
+    )
+    human_similarity: bool = Field(
+        True, description="Measure how like the human reply each response is, by sentence embeddings; false: for dry runs."
     )
     oracle: OracleTexts | None = Field(None, description="Texts of a strong writer, for similarity; null: none.")
 
