@@ -4,7 +4,7 @@
 
 `--machine` names this machine's kind in machines.yaml, or with `--machines FILE` in a table of your own. Speed and memory depend on shapes alone, so
 that no weights are fetched. Prints a table of tokens a second and of peak GPU memory: what `suasion plan --on` says with its assumed shares,
-what `suasion plan` measures here, and their ratio. Needs a CUDA GPU; it was not run on one yet.
+what `suasion plan` measures here, and their ratio. Needs a CUDA GPU.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ Importing torch, transformers and TRL takes longer than the tiny recipe; a test 
 The process is as mortal as any other: `kill` is SIGKILL.
 """
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -42,6 +44,12 @@ class Forked:
         """SIGKILL."""
         self._process.kill()
 
+    def interrupt(self) -> None:
+        """SIGINT, as Ctrl-C sends it."""
+        assert self._process.pid is not None
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(self._process.pid, signal.SIGINT)
+
     def wait(self, timeout: float) -> str:
         """All that it printed. Raises TimeoutError where it still runs after `timeout` seconds."""
         self._process.join(timeout)
@@ -55,6 +63,7 @@ def _main(arguments: list[str], log: str, threads: int) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, which is inherited
     import torch
 
     from suasion.cli import main

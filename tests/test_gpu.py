@@ -103,7 +103,7 @@ def test_log_probabilities_are_those_of_the_processor(start):
 def test_responses_are_those_of_the_processor_whatever_the_batches(start, settings):
     """Random numbers belong to the response: in fp32 a GPU says what a processor says, at most 1 response in 200 by another rounding."""
     section = SampleSection(max_new_tokens=12, **settings)
-    asked = draws(50, 2)
+    asked = draws(50, 4)
     on_cpu = decode(prepare_to_decode(load_merged(start), CPU), asked, section, 5, -1, 2, CPU)
     model = prepare_to_decode(load_merged(start, "cuda"), GPU)
     for size in (100, 32, 7):
@@ -111,7 +111,7 @@ def test_responses_are_those_of_the_processor_whatever_the_batches(start, settin
             drawn.draw: drawn for batch in plan_batches(asked, size) for drawn in decode(model, batch, section, 5, -1, 2, GPU)
         }
         differ = sum(found[drawn.draw].tokens != drawn.tokens for drawn in on_cpu)
-        assert differ <= len(asked) // 100, f"{differ} of {len(asked)} responses differ in batches of {size}"
+        assert differ <= len(asked) // 200, f"{differ} of {len(asked)} responses differ in batches of {size}"
 
 
 def test_noise_is_that_of_the_processor():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from forked import Forked
 from report_proof import CHROMIUM, axe_finds_nothing, names_no_machine
@@ -290,6 +291,32 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_summary(recipe, tmp_path
     for name in heavy & set(hit):
         assert f"{name} (resumed)" in printed
     same_results(small, undisturbed, killed)
+
+
+def test_ctrl_c_in_every_stage_is_a_message_and_the_next_run_goes_on(finished, recipe, tmp_path):
+    """In one run after the other, once each stage has work to resume; the end is that of a run which nobody disturbed."""
+    file, runs = tmp_path / "tiny.yaml", tmp_path / "runs"
+    file.write_text(dump_recipe(recipe))
+    directory = directory_of(runs / recipe.name, recipe)
+    threads, hit = torch.get_num_threads(), []  # as `finished`, whose manifests are compared
+    for stage in stages(recipe):
+        process = start(file, runs, threads)
+        folder = directory.folder(stage.name)
+        while process.poll() is None and directory.state(stage.name) != "complete" and not work_to_resume(folder, stage.name):
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.interrupt()
+        printed = process.wait(120)
+        assert "Traceback" not in printed
+        if process.poll() == 130:
+            assert "Run the same command again" in printed
+            hit.append(stage.name)
+        else:  # it was done before the signal came
+            assert process.poll() == 0, printed
+    assert {"sft", "sample", "evaluate"} <= set(hit)
+    assert len(hit) >= 6, f"only {hit} were interrupted"
+    finish(file, runs, threads)
+    same_results(recipe, finished.parent, runs)
 
 
 def test_interrupt_says_what_to_do_and_exits_130(tmp_path, recipe):

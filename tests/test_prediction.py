@@ -54,13 +54,14 @@ def test_rates_by_hand() -> None:
     assert flops_a_token(SHAPE, 20, trained=False) == 2 * (1000 + 2 * 2 * 8 * 20)
     assert flops_a_token(SHAPE, 20, trained=True) == 2 * flops_a_token(SHAPE, 20, trained=False)
     rates = rates_of(SHAPE, LENGTHS, 4, MACHINE, SHARES)
-    assert rates.prefill == pytest.approx(1e6 * 0.25 / 3280)
+    assert rates.prefill == rates.prompts == pytest.approx(1e6 * 0.25 / 3280)
     assert rates.train == pytest.approx(1e6 * 0.5 / 6560)
     step = 2 * (1000 + 4 * 35 * 2 * 4) / (1e6 * 0.1)  # weights in bf16, and the cache of four responses half way
     assert rates.decode == pytest.approx(4 / step)
     slow = rates_of(SHAPE, LENGTHS, 4, MACHINE, replace(SHARES, layer_seconds=1.0))
     assert slow.decode == pytest.approx(4 / 2.0)
     assert slow.prefill == pytest.approx(50 / 2.0)  # a pair of 30 + 2 x 10 tokens a pass
+    assert slow.prompts == pytest.approx(4 * 30 / 2.0)  # four prompts together
     assert slow.train == rates.train
     slow = rates_of(SHAPE, LENGTHS, 4, MACHINE, replace(SHARES, trained_layer_seconds=3.0), micro_batch=120)
     assert slow.train == pytest.approx(100 / 6.0)  # two pairs a pass

@@ -107,6 +107,10 @@ def test_one_grader_may_not_label_and_judge(data):
     assert "must differ" in refused(data)
     data["evaluate"]["allow_same_grader"] = True
     validate_recipe(data, "test")
+    data["evaluate"]["allow_same_grader"] = False
+    data["ai_labels"]["grader"] = {"kind": "embedding", "train": {"kind": "grader_pairs"}}
+    data["evaluate"]["grader"] = {"kind": "readable", "train": {"kind": "judge_pairs"}}
+    assert "both: kind readable features, train -" in refused(data)
 
 
 def test_an_arm_must_start_from_an_earlier_model(data):

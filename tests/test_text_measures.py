@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from suasion.bases import TINY
 from suasion.chat import Renderer
 from suasion.errors import UserError
-from suasion.evaluation import likelihood, metrics, strategies, style
+from suasion.evaluation import likelihood, measuring, metrics, strategies, style
 from suasion.evaluation.measuring import read_oracle, similarity
 from suasion.evaluation.statistics import resample_weights
-from suasion.models import Lineage, compute, load_base, load_tokenizer
-from suasion.records import OutcomePair, Turn
+from suasion.models import Compute, Lineage, compute, load_base, load_tokenizer
+from suasion.recipe import load_recipe
+from suasion.records import Example, OutcomePair, Response, Turn
 from suasion.sampling.respond import Journal
 from suasion.sections.training import ModelSection
 from suasion.seeding import generator
@@ -161,6 +162,32 @@ def test_similarity_is_one_to_itself_and_skips_the_silent():
     said = {"base": {"p": "Buses are cheap.", "q": ""}, "human": {"p": "Buses are cheap.", "q": "x"}}
     found = similarity(said, said["human"], "human")
     assert found == {"base": {"p": pytest.approx(1.0)}}
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_likeness_to_the_human_reply_is_measured_where_it_is_wanted(wanted, renderer, tmp_path, monkeypatch):
+    def embedded():
+        assert wanted, "texts are embedded for nothing"
+        return lambda texts: np.array([[1.0, 0.0] if "tram" in text else [0.0, 1.0] for text in texts])
+
+    monkeypatch.setattr(measuring, "embedder", embedded)
+    recipe = load_recipe(
+        Path(__file__).parents[1] / "recipes" / "tiny.yaml", (f"evaluate.human_similarity={str(wanted).lower()}",)
+    )
+    prompt = Example(
+        id="e", corpus="own", conversation_id="c", author="a", turns=(Turn(role="user", text="Cars."),), reply="A tram.", outcome=1.0
+    )  # fmt: skip
+    key = prompt.prompt().id
+    said = {
+        name: {
+            key: Response(id=name, prompt_id=key, n=0, text=text, finish="stop", tokens=(1,), logprob=-1.0, lineage="l", seed=0)
+        }
+        for name, text in (("base", "A bus."), ("sft", "Take the tram."))
+    }
+    journal = Journal(tmp_path / "journal.jsonl")
+    found = measuring.measure_texts(recipe, [prompt], said, {}, [], renderer, Compute("cpu", "float32", 1), journal)
+    likeness = {"human_similarity": {"base": {key: 0.0}, "sft": {key: 1.0}}}
+    assert found.per_response == (likeness if wanted else {})
 
 
 def test_oracle_texts_are_checked(tmp_path):

@@ -44,7 +44,8 @@ IMPORT_SECONDS = 12.0
 class Rates:
     """Tokens a second of one model on one machine; where it was measured the peak bytes of its memory too, inf where it did not suffice.
 
-    On a GPU peaks are of what torch holds there, on a CPU of this process.
+    prefill: of pairs that are read one a pass; prompts: of prompts that are read together before they are answered, None where that was not
+    measured. On a GPU peaks are of what torch holds there, on a CPU of this process.
     """
 
     prefill: float
@@ -52,6 +53,7 @@ class Rates:
     train: float
     train_bytes: float | None = None
     write_bytes: float | None = None
+    prompts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,11 @@ def stage_plans(recipe: Recipe, lengths: Lengths, rates: Rates, rows: int, impor
     response = min(lengths.reply, recipe.sample.max_new_tokens)
 
     def sampling(count: int, each: int) -> float:
-        return count * lengths.context / rates.prefill + 1.1 * count * each * response / rates.decode + MODEL_LOAD_SECONDS
+        return (
+            count * lengths.context / (rates.prompts or rates.prefill)
+            + 1.1 * count * each * response / rates.decode
+            + MODEL_LOAD_SECONDS
+        )
 
     def trained(section: TrainingSection, tokens: float) -> float:
         """Seconds; recomputed activations are one more reading."""

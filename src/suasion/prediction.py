@@ -69,7 +69,8 @@ class Shares:
     """Which share of a machine's peaks software reaches: FLOPs in training and reading, bandwidth in writing.
 
     layer_seconds: the least time that a layer takes to read a pair or to write a token, whatever its size: starting its kernels from Python.
-    trained_layer_seconds: the same there and back. Both were measured in bf16 on an H100 (docs/benchmarks.md), whose 0.5B model waits for them.
+    trained_layer_seconds: the same there and back. Reading and training were measured in bf16 on an H100 (docs/benchmarks.md), whose 0.5B model
+    waits for them; writing is supposed to take what reading takes.
     """
 
     train: float = 0.30
@@ -157,7 +158,7 @@ def rates_of(
     number_bytes: int = ROUNDED_BYTES,
     micro_batch: int = GPU_TOKENS,
 ) -> Rates:
-    """Tokens a second of one GPU of the machine, which reads a pair and trains `micro_batch` tokens in one pass.
+    """Tokens a second of one GPU of the machine, which reads a pair, reads `batch` prompts, and trains `micro_batch` tokens in one pass.
 
     number_bytes: of a weight and of a number of the cache while writing.
     """
@@ -171,12 +172,14 @@ def rates_of(
         number_bytes * (shape.parameters - looked_up + batch * cached) / (bandwidth * shares.decode),
         shape.layers * shares.layer_seconds,
     )
-    reading = pair * flops_a_token(shape, positions, trained=False) / (peak * shares.prefill)
+    token = flops_a_token(shape, positions, trained=False) / (peak * shares.prefill)
+    prompts = batch * lengths.context
     training = trained * flops_a_token(shape, positions, trained=True) / (peak * shares.train)
     return Rates(
-        prefill=pair / max(reading, shape.layers * shares.layer_seconds),
+        prefill=pair / max(pair * token, shape.layers * shares.layer_seconds),
         decode=batch / step,
         train=trained / max(training, shape.layers * shares.trained_layer_seconds),
+        prompts=prompts / max(prompts * token, shape.layers * shares.layer_seconds),
     )
 
 
@@ -293,9 +296,11 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
     shape, lengths = sizes.shape, sizes.lengths
     count, machines = recipe.processes.count, recipe.processes.machines
     number_bytes = WEIGHT_BYTES if recipe.model.dtype == "float32" else ROUNDED_BYTES
-    micro_batch = recipe.sft.micro_batch_tokens or GPU_TOKENS
+    rows = -(-recipe.sft.batch_size // (count * machines))  # of a step, that one process trains
+    micro_batch = min(recipe.sft.micro_batch_tokens or GPU_TOKENS, int(rows * (lengths.context + 2 * lengths.reply)))
     rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares, number_bytes, micro_batch)
-    spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines)
+    assert rates.prompts is not None
+    spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines, prompts=rates.prompts * count)
     memory = gpu_memory(recipe, shape, count * machines)
     host = host_memory(recipe, shape)
     for stage, held in sizes.judges.items():

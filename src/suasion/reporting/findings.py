@@ -58,7 +58,8 @@ def text_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
             "How they speak",
             "Hedges, “you” and numbers per 100 words; questions and links per response. Claims: share of sentences with a number, a proper "
             "name, a source or a share, which could be looked up; whether they are true is not measured. Copied: share of 3-word runs that "
-            "stand in the context. Likeness: cosine of sentence embeddings.",
+            "stand in the context."
+            + (" Likeness: cosine of sentence embeddings." if known & {"human_similarity", "oracle_similarity"} else ""),
             (Column("speaker", "Speaker"), *(columns[key] for key in MANNER if key in known)),
             rows,
         ),

@@ -64,7 +64,7 @@ class OwnDraws(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]  # 
         choice = choose(
             penalised, self.seeds[rows], positions, settings.temperature, settings.top_p, settings.top_k, settings.min_p
         )
-        picked = (logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(dim=1)).double().tolist()
+        picked = (logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(dim=1)).tolist()
         for row, token, logprob in zip(rows, choice.tolist(), picked, strict=True):
             self.tokens[row].append(token)
             self.logprobs[row] += logprob

@@ -238,7 +238,7 @@ def decode(
     for position in range(settings.max_new_tokens):
         penalised = penalise([tokens[row] for row in active], logits, settings.repetition_penalty)
         choice = choose(penalised, seeds[active], position, settings.temperature, settings.top_p, settings.top_k, settings.min_p)
-        picked = (logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(dim=1)).double().tolist()
+        picked = (logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(dim=1)).tolist()
         keep = []
         for place, (row, token) in enumerate(zip(active, choice.tolist(), strict=True)):
             tokens[row].append(token)
@@ -345,6 +345,8 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(dim=1)
+    if logits.device.type == "mps":  # which has no float64
+        return choose(logits.cpu(), seeds, position, temperature, top_p, top_k, min_p).to(logits.device)
     size = top_k or (logits.shape[1] if top_p >= 1 and min_p == 0 else CANDIDATES)
     tokens, enough = _choose_among(logits, seeds, position, temperature, top_p, top_k, min_p, size)
     if not bool(enough.all()):

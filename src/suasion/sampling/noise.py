@@ -19,7 +19,9 @@ def gumbel(seeds: np.ndarray, position: int | np.ndarray, tokens: torch.Tensor) 
     counter = np.broadcast_to(position, seeds.shape).astype(np.int64)
     row = torch.from_numpy(np.stack([seeds.astype(np.uint64).view(np.int64), counter])).to(tokens.device)
     bits = _mix(_mix(row[0] + (row[1] + 1) * _GOLDEN)[:, None] + (tokens + 1) * _GOLDEN)
-    uniform = _shifted(bits, 11).double().add_(0.5).mul_(2.0**-53)  # in (0, 1), never 0 or 1
+    uniform = (
+        _shifted(bits, 11).double().add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-53)
+    )  # in (0, 1): the largest would round to 1
     return uniform.log_().neg_().log_().neg_()
 
 

@@ -247,8 +247,8 @@ def families(grader: AnyGrader) -> frozenset[str]:
         return frozenset(name for member in grader.members for name in families(member))
     if isinstance(grader, LlmGrader):
         return frozenset({f"llm {grader.model}"})
-    if isinstance(grader, EmbeddingGrader):
-        return frozenset({"embedding", "readable"})  # it has all features of the other
+    if isinstance(grader, EmbeddingGrader | ReadableGrader):
+        return frozenset({"readable features"})  # the first has all features of the second
     return frozenset({grader.kind})
 
 

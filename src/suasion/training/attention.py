@@ -19,12 +19,10 @@ from suasion.sections.training import ModelSection
 from suasion.training.prefix import BY_GROUP, attention_name, pack
 
 FLEX = "suasion_flex"  # its name in transformers' table; prefix.py makes its masks
-TRIED_LENGTHS = (
-    10,
-    70,
-    150,
-)  # of a prompt; several, because the second length is compiled otherwise than the first, and a short row differs
-# Left to itself torch (2.13) takes a decoding kernel for rows under 128 tokens, which has no block for grouped queries past 128 / group size.
+# Of a prompt: the second length is compiled otherwise than the first, and the shortest makes a row of 111 tokens, which are few to torch.
+TRIED_LENGTHS = (25, 70, 150)
+# Left to itself torch (2.13) takes a decoding kernel for rows under 128 tokens, which has no block for queries in groups of 2, 4 or 8 past
+# 128 / group size.
 ONE_KERNEL = {"BACKEND": "TRITON"}
 DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative; a wrong mask differs by more than half
 
