@@ -238,15 +238,20 @@ def work_to_resume(folder: Path, stage: str) -> bool:
     return (folder / "attempt.json").is_file()
 
 
+def wait_for_work(process: Forked, directory: RunDir, stage: str) -> None:
+    """Until a stage has something to resume, is complete, or its process has ended."""
+    folder = directory.folder(stage)
+    while process.poll() is None and directory.state(stage) != "complete" and not work_to_resume(folder, stage):
+        time.sleep(0.002)
+
+
 def kill_in_every_stage(recipe: Recipe, recipe_file: Path, runs: Path, threads: int = 1) -> tuple[list[str], str]:
     """Kill the run with SIGKILL once each stage in turn has work to resume. Returns the stages hit, and all that was printed."""
     directory = directory_of(runs / recipe.name, recipe)
     hit, printed = [], ""
     for stage in stages(recipe):
         process = start(recipe_file, runs, threads)
-        folder = directory.folder(stage.name)
-        while process.poll() is None and directory.state(stage.name) != "complete" and not work_to_resume(folder, stage.name):
-            time.sleep(0.002)
+        wait_for_work(process, directory, stage.name)
         if process.poll() is None:
             process.kill()
         printed += process.wait(60)
@@ -301,9 +306,7 @@ def test_ctrl_c_in_every_stage_is_a_message_and_the_next_run_goes_on(finished, r
     threads, hit = torch.get_num_threads(), []  # as `finished`, whose manifests are compared
     for stage in stages(recipe):
         process = start(file, runs, threads)
-        folder = directory.folder(stage.name)
-        while process.poll() is None and directory.state(stage.name) != "complete" and not work_to_resume(folder, stage.name):
-            time.sleep(0.002)
+        wait_for_work(process, directory, stage.name)
         if process.poll() is None:
             process.interrupt()
         printed = process.wait(120)
