@@ -1,4 +1,4 @@
-"""A disk that is really full: a small tmpfs in a mount namespace of its own, filled to the brim before a training starts."""
+"""A disk that is really full: a small tmpfs in a mount namespace of its own, filled to the brim before a stage starts."""
 
 import os
 import shutil
@@ -14,12 +14,13 @@ from suasion.recipe import load_recipe
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
 LATER = ("sample", "ai-labels", "human-labels", "preferences", "dpo-rlaif", "dpo-rlaif-rlhf", "evaluate", "report")  # sft: above
-# Arguments: mount point, then the command. Fills the disk before each of $LATER, gives the space back, and goes on.
+# Arguments: mount point, then the command. Before the second stage of each of $PAIRS the disk is filled, after it the space is given back.
 STAGES = """
 mount -t tmpfs -o size=64m tmpfs "$1" || exit 77
 disk=$1; shift
-for stage in $LATER; do
-  "$@" --until "$(echo "$BEFORE" | sed -n "s/^$stage //p")" >/dev/null || exit 1
+for pair in $PAIRS; do
+  stage=${pair#*:}
+  "$@" --until "${pair%:*}" >/dev/null || exit 1
   dd if=/dev/zero of="$disk/filler" bs=1024 count=65536 2>/dev/null
   "$@" --until "$stage" 2>&1; echo "full: $? in $stage"
   rm "$disk/filler"
@@ -75,9 +76,9 @@ def test_a_full_disk_is_a_message_and_the_next_run_goes_on(tmp_path, kib):
 @pytest.mark.timeout(900)
 def test_a_disk_that_is_full_before_a_later_stage_is_a_message_and_the_stage_is_made_once_there_is_room(tmp_path):
     names = [stage.name for stage in stages(load_recipe(TINY))]
-    before = "\n".join(f"{name} {names[names.index(name) - 1]}" for name in LATER)
+    pairs = " ".join(f"{names[names.index(name) - 1]}:{name}" for name in LATER)
     command = [sys.executable, "-m", "suasion", "--threads", "1", "run", str(TINY), "--runs", str(tmp_path)]
-    printed = in_a_mount_namespace(STAGES, str(tmp_path), *command, LATER=" ".join(LATER), BEFORE=before)
+    printed = in_a_mount_namespace(STAGES, str(tmp_path), *command, PAIRS=pairs)
     assert "Traceback" not in printed
     for name in LATER:
         assert f"full: 1 in {name}" in printed, printed

@@ -68,6 +68,9 @@ def test_rates_by_hand() -> None:
     assert slow.prefill == rates.prefill
     longer = rates_of(SHAPE, LENGTHS, 4, MACHINE, replace(SHARES, trained_layer_seconds=3.0), micro_batch=40)
     assert longer.train == pytest.approx(50 / 6.0)  # a longer row stands alone
+    odd = replace(LENGTHS, context=30.3)
+    few = rates_of(SHAPE, odd, 4, MACHINE, replace(SHARES, trained_layer_seconds=3.0), rows=3)
+    assert few.train == pytest.approx(3 * 50.3 / 6.0)  # no more than a process has of a step
     whole = rates_of(SHAPE, LENGTHS, 4, MACHINE, SHARES, number_bytes=4)
     assert whole.decode == pytest.approx(rates.decode / 2)
     untied = rates_of(replace(SHAPE, tables=2), LENGTHS, 4, MACHINE, SHARES)  # 50 x 8 embeddings are looked up, not read

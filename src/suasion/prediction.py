@@ -13,6 +13,7 @@ Nothing here is used by a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,14 +158,15 @@ def rates_of(
     shares: Shares,
     number_bytes: int = ROUNDED_BYTES,
     micro_batch: int = GPU_TOKENS,
+    rows: float = math.inf,
 ) -> Rates:
     """Tokens a second of one GPU of the machine, which reads a pair, reads `batch` prompts, and trains `micro_batch` tokens in one pass.
 
-    number_bytes: of a weight and of a number of the cache while writing.
+    number_bytes: of a weight and of a number of the cache while writing. rows: how many pairs a pass trains at most.
     """
     peak, bandwidth = machine.gpu.tflops * 1e12, machine.gpu.gbps * 1e9
     pair = lengths.context + 2 * lengths.reply
-    trained = max(1, micro_batch // pair) * pair
+    trained = max(1, min(micro_batch // pair, rows)) * pair
     positions = (lengths.context + lengths.reply) / 2
     cached = (lengths.context + lengths.reply / 2) * shape.layers * shape.cache_width
     looked_up = (shape.tables - 1) * shape.vocabulary * shape.width  # embeddings that are no head: a row a token
@@ -297,8 +299,8 @@ def predict(recipe: Recipe, sizes: Sizes, machine: Machine, shares: Shares | Non
     count, machines = recipe.processes.count, recipe.processes.machines
     number_bytes = WEIGHT_BYTES if recipe.model.dtype == "float32" else ROUNDED_BYTES
     rows = -(-recipe.sft.batch_size // (count * machines))  # of a step, that one process trains
-    micro_batch = min(recipe.sft.micro_batch_tokens or GPU_TOKENS, int(rows * (lengths.context + 2 * lengths.reply)))
-    rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares, number_bytes, micro_batch)
+    micro_batch = recipe.sft.micro_batch_tokens or GPU_TOKENS
+    rates = rates_of(shape, lengths, recipe.sample.batch_size, machine, shares, number_bytes, micro_batch, rows)
     assert rates.prompts is not None
     spread = Rates(rates.prefill * count, rates.decode * count, rates.train * count * machines, prompts=rates.prompts * count)
     memory = gpu_memory(recipe, shape, count * machines)

@@ -55,14 +55,14 @@ def measure_texts(
     journal: Journal,
 ) -> Measured:
     """Everything that `style` cannot measure from the text alone. Raises UserError for broken oracle texts."""
+    settings = recipe.evaluate
     said = {name: {key: row.text for key, row in rows.items()} for name, rows in responses.items()}
     said[HUMAN] = {example.prompt().id: example.reply for example in prompts if example.reply}
     per_response = {}
-    if recipe.evaluate.human_similarity:
+    if settings.human_similarity:
         per_response["human_similarity"] = similarity(said, said[HUMAN], HUMAN)
-    if recipe.evaluate.oracle is not None:
-        per_response["oracle_similarity"] = similarity(said, read_oracle(Path(recipe.evaluate.oracle.path), prompts), "")
-    settings = recipe.evaluate
+    if settings.oracle is not None:
+        per_response["oracle_similarity"] = similarity(said, read_oracle(Path(settings.oracle.path), prompts), "")
     chosen = likelihood.chosen_pairs(pairs, settings.likelihood_pairs, renderer, recipe.model.max_length, recipe.seed)
     return Measured(
         per_response=per_response,

@@ -101,7 +101,7 @@ def tuned(difference: np.ndarray, groups: Sequence[str], spec: EmbeddingGrader) 
 
 
 class EmbeddingBradleyTerry(BradleyTerryGrader):
-    """See the module's docstring. `weights` belong to standardised (and residualised) features; `settings` are ridge and weight used."""
+    """See the module's docstring. `settings` are the ridge and the embedding weight that were used."""
 
     kind = "embedding"
 
@@ -114,11 +114,6 @@ class EmbeddingBradleyTerry(BradleyTerryGrader):
             tuned(difference, [pair.group for pair in pairs], spec) if spec.tune else (spec.ridge, spec.embedding_weight)
         )
         self.fit = fit(difference, spec, *self.settings)
-
-    @property
-    def weights(self) -> np.ndarray:
-        """[readable + embedding] weights on standardised features."""
-        return self.fit.weights
 
     def strengths(self, contexts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """[n]: weights . factors (features - slopes * log words)."""

@@ -1,7 +1,7 @@
 """Gumbel noise that belongs to (row's seed, position, token), whatever other tokens or rows are looked at.
 
 Computed where the tokens are: a nearly flat distribution over 150 thousand tokens needs as many numbers a row and token, which a GPU
-makes in microseconds and a processor in most of a second a batch.
+makes at once and a processor in most of a second a step.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ def gumbel(seeds: np.ndarray, position: int | np.ndarray, tokens: torch.Tensor) 
     counter = np.broadcast_to(position, seeds.shape).astype(np.int64)
     row = torch.from_numpy(np.stack([seeds.astype(np.uint64).view(np.int64), counter])).to(tokens.device)
     bits = _mix(_mix(row[0] + (row[1] + 1) * _GOLDEN)[:, None] + (tokens + 1) * _GOLDEN)
-    uniform = (
-        _shifted(bits, 11).double().add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-53)
-    )  # in (0, 1): the largest would round to 1
+    uniform = _shifted(bits, 11).double().add_(0.5).mul_(2.0**-53)
+    uniform.clamp_(max=1 - 2.0**-53)  # in (0, 1): the largest would round to 1
     return uniform.log_().neg_().log_().neg_()
 
 
